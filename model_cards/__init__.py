@@ -1,0 +1,1 @@
+"""Model cards: the template, and one card per reference model."""
