@@ -1,14 +1,20 @@
 """annealers extends Hugging Face Diffusers with samplers, generative models and training scripts.
 
-The names below are imported eagerly and the mixins are exposed, because Diffusers resolves the `["annealers", "ClassName"]`
-entries of a saved `model_index.json` only through modules that are already imported.
+Names are imported on first use (PEP 562), so that `import annealers` costs nothing. The mixins are among them because
+Diffusers resolves the `["annealers", "ClassName"]` entries of a saved `model_index.json` as attributes of this module,
+and asks it for the base class as well.
 """
 
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from annealers import exact
-from annealers.pipelines import GuidedDiffusionPipeline
-from annealers.schedulers import DDPMAncestralScheduler
+if TYPE_CHECKING:
+    from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+
+    from annealers import exact
+    from annealers.hub import export
+    from annealers.pipelines import GuidedDiffusionPipeline
+    from annealers.schedulers import DDPMAncestralScheduler
 
 __version__ = "0.1.0"
 
@@ -20,4 +26,29 @@ __all__ = [
     "ModelMixin",
     "SchedulerMixin",
     "exact",
+    "export",
 ]
+
+_HOMES = {
+    "ConfigMixin": "diffusers",
+    "DiffusionPipeline": "diffusers",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+    "DDPMAncestralScheduler": "annealers.schedulers",
+    "GuidedDiffusionPipeline": "annealers.pipelines",
+    "export": "annealers.hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "exact":
+        return import_module("annealers.exact")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'annealers' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,417 @@
+"""The run loop of every training script.
+
+A script describes a `Task`: what is trained (an `nn.Module` whose `forward` returns named per-sample terms), what is
+drawn at random for a batch, how it is validated, pictured and turned into a pipeline. The loop does the rest, the same
+way for one process and for many:
+
+    for step in steps:                                  # one optimizer step, batch_size images over all processes
+        for micro_batch in the accumulation of it:
+            terms = objective(**draws(micro_batch))     # {"loss": (B,), ...}
+            backward(mean of terms["loss"])
+        clip, optimizer step, learning-rate step, EMA
+
+Rows, flips, noise and timesteps of a batch are functions of (seed, position in the run), so one process, several
+processes and any accumulation train the same weights, and a resumed run continues bit for bit.
+"""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from annealers.checkpoint import Checkpoints, whole_folder
+from annealers.configuration import RunConfig, check_same_run, config_to_dict, save_config
+from annealers.data import ImageData, load_data, train_batches
+from annealers.ema import EMA
+from annealers.randomness import PositionalRandomness
+
+Batch = dict[str, Any]
+Terms = dict[str, torch.Tensor]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a step was infinite or not a number."""
+
+
+class Task(ABC):
+    """What a training script adds to the loop."""
+
+    pipeline_tag = "unconditional-image-generation"
+
+    def __init__(self, config: RunConfig, data: ImageData, randomness: PositionalRandomness) -> None:
+        self.config, self.data, self.randomness = config, data, randomness
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A new objective: a module with the network as `.network`, whose `forward(**draws)` returns terms (B,)."""
+
+    @abstractmethod
+    def draws(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The arguments of the objective for a batch of data, with everything that is random in them."""
+
+    @abstractmethod
+    def validate(self, objective: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Named numbers on the held-out split; called by all processes, each does its share."""
+
+    @abstractmethod
+    def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:
+        """A grid of samples from fixed noise; called by all processes, each draws its share."""
+
+    @abstractmethod
+    def pipeline(self, objective: nn.Module) -> DiffusionPipeline:
+        """The pipeline around a trained objective."""
+
+
+class Run:
+    """One run: its folder, processes, checkpoints, metrics and record.
+
+    Args:
+        config: The options.
+        task_class: The script's `Task`.
+    """
+
+    def __init__(self, config: RunConfig, task_class: type[Task]) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        trackers = {"all": ["tensorboard", "wandb"], "none": []}.get(config.report_to, [config.report_to])
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            step_scheduler_with_optimizer=False,  # the schedule counts optimizer steps, on any number of processes
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "logs")),
+        )
+        self.is_main = self.accelerator.is_main_process
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.accelerator.main_process_first():  # the others find the data set prepared
+            self.data = load_data(config)
+        self.randomness = PositionalRandomness(config.seed)
+        self.task = task_class(config, self.data, self.randomness)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator, keep=config.keep_checkpoints)
+        self.seconds = 0.0
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Trains, validates, draws and saves; returns the folder of the pipeline."""
+        config, accelerator = self.config, self.accelerator
+        torch.manual_seed(config.seed)  # the initial weights
+        objective = self.task.build()
+        if config.channels_last:
+            objective = objective.to(memory_format=torch.channels_last)
+        if config.compile:
+            objective.network.compile()
+        optimizer = torch.optim.AdamW(
+            objective.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        objective, optimizer = accelerator.prepare(objective, optimizer)
+        ema = EMA(objective, decay=config.ema_decay, warmup=config.ema_warmup)
+        first_step = self._resume(ema)
+        lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_steps,
+            last_epoch=first_step - 1,
+        )
+        self._start_logs(first_step)
+
+        batches = iter(
+            train_batches(
+                self.data,
+                config,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                accumulation=config.gradient_accumulation_steps,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                first_step=first_step,
+                last_step=config.max_steps,
+            )
+        )
+        meter = Meter(accelerator)
+        guard = FiniteGuard()
+        started = time.perf_counter() - self.seconds
+        steps = tqdm(
+            range(first_step, config.max_steps),
+            initial=first_step,
+            total=config.max_steps,
+            desc="training",
+            disable=not self.is_main,
+        )
+        objective.train()
+        for step in steps:
+            torch.manual_seed(self.randomness.step_seed(step, accelerator.process_index))  # what dropout draws from
+            for _ in range(config.gradient_accumulation_steps):
+                batch = next(batches)
+                draws = self._to_device(self.task.draws(batch))
+                with accelerator.accumulate(objective):
+                    terms = objective(**draws)
+                    accelerator.backward(terms["loss"].mean())
+                    if accelerator.sync_gradients and config.max_grad_norm > 0:
+                        meter.add(
+                            "grad_norm", accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                guard.watch(step, batch["rows"], terms["loss"])
+                for name, term in terms.items():
+                    meter.add(name, term.detach().mean())
+            lr_scheduler.step()
+            ema.update()
+
+            done = step + 1
+            last = done == config.max_steps
+            self.seconds = time.perf_counter() - started
+            if done % config.log_every == 0 or last:
+                guard.check()
+                values = meter.means()
+                self._log(done, {**values, "learning_rate": lr_scheduler.get_last_lr()[0], "seconds": self.seconds})
+                steps.set_postfix(loss=f"{values['loss']:.4f}")
+            if is_due(done, config.validate_every, last):
+                guard.check()
+                with evaluating(objective, ema):
+                    self._log(
+                        done, {f"validation/{k}": v for k, v in self.task.validate(objective, accelerator).items()}
+                    )
+            if is_due(done, config.sample_every, last):
+                with evaluating(objective, ema):
+                    self._save_picture(done, self.task.picture(objective, accelerator))
+            if is_due(done, config.checkpoint_every, last):
+                guard.check()
+                self.checkpoints.save(done, self._record(done), ema)
+        guard.check()
+
+        with ema.swapped_in():
+            state = accelerator.get_state_dict(objective)
+        pipeline_folder = self.folder / "pipeline"
+        if self.is_main:
+            self._save_pipeline(state, pipeline_folder)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return pipeline_folder
+
+    def _to_device(self, draws: dict[str, Any]) -> dict[str, Any]:
+        moved = {
+            name: value.to(self.accelerator.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in draws.items()
+        }
+        if self.config.channels_last:
+            for name, value in moved.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 4:
+                    moved[name] = value.to(memory_format=torch.channels_last)
+        return moved
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _resume(self, ema: EMA) -> int:
+        """Loads the checkpoint that was asked for; returns the step to go on with."""
+        if self.config.resume is None:
+            return 0
+        record = self.checkpoints.load(self.config.resume, ema)
+        if record is None:
+            self.accelerator.print(f"no checkpoint in {self.checkpoints.folder} yet: starting from the beginning")
+            return 0
+        check_same_run(self.config, record["config"])
+        if record["step"] > self.config.max_steps:
+            raise ValueError(f"the checkpoint is at step {record['step']}, beyond max_steps={self.config.max_steps}")
+        self.seconds = record["seconds"]
+        self.accelerator.print(f"resuming from step {record['step']}")
+        return record["step"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What is known of the run: enough to resume it and to write its card."""
+        accelerator = self.accelerator
+        device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "CPU"
+        return {
+            "step": step,
+            "seconds": self.seconds,
+            "config": config_to_dict(self.config),
+            "command": command_line(sys.argv),
+            "dataset": self.data.name,
+            "processes": accelerator.num_processes,
+            "hardware": f"{accelerator.num_processes} x {device}, {torch.get_num_threads()} threads",
+            "mixed_precision": accelerator.mixed_precision,
+            "versions": {name: version(name) for name in ("annealers", "torch", "diffusers", "accelerate")},
+        }
+
+    # ---- what is written --------------------------------------------------------------------------------------------
+
+    def _start_logs(self, first_step: int) -> None:
+        if self.is_main:
+            save_config(self.config, self.folder / "config.json")
+            self.metrics = MetricsFile(self.folder / "metrics.jsonl", first_step)
+        if self.config.report_to != "none":
+            flat = {
+                k: v if isinstance(v, (int, float, str, bool)) else str(v)
+                for k, v in config_to_dict(self.config).items()
+            }
+            self.accelerator.init_trackers("annealers", config=flat)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        if self.is_main:
+            self.metrics.write(step, values)
+        self.accelerator.log(values, step=step)
+
+    def _save_picture(self, step: int, picture: Image.Image) -> None:
+        if self.is_main:
+            folder = self.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"step-{step:08d}.png")
+            picture.save(self.folder / "samples.png")
+
+    def _save_pipeline(self, state: dict[str, torch.Tensor], folder: Path) -> None:
+        """Writes pipeline and card beside and renames, so that the folder is never half of one; pushes if asked."""
+        from annealers.hub import model_card
+
+        objective = self.task.build()
+        objective.load_state_dict(state)
+        pipeline = self.task.pipeline(objective.eval())
+        record = self._record(self.config.max_steps) | {
+            "pipeline": type(pipeline).__name__,
+            "pipeline_tag": self.task.pipeline_tag,
+            "metrics": self.metrics.last("validation/"),
+        }
+        (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        card = model_card(record)
+        with whole_folder(folder) as unfinished:
+            pipeline.save_pretrained(unfinished)
+            (unfinished / "samples.png").write_bytes((self.folder / "samples.png").read_bytes())
+            card.save(unfinished / "README.md")
+        print(f"pipeline: {folder}\nsamples:  {self.folder / 'samples.png'}")
+        if self.config.push_to_hub:
+            from annealers.hub import push_folder
+
+            repo_id = self.config.hub_model_id or self.folder.name
+            url = push_folder(folder, repo_id, private=self.config.hub_private, token=self.config.hub_token)
+            print(f"pushed:   {url}")
+
+
+def my_share(count: int, accelerator: Accelerator) -> range:
+    """The contiguous part of 0 .. count - 1 that this process works on."""
+    share = -(-count // accelerator.num_processes)
+    first = min(accelerator.process_index * share, count)
+    return range(first, min(first + share, count))
+
+
+def gathered_images(images: torch.Tensor, count: int, accelerator: Accelerator) -> torch.Tensor:
+    """The images of all processes' shares in order, (count, C, H, W), on the CPU."""
+    share = -(-count // accelerator.num_processes)
+    padding = images.new_zeros(share - len(images), *images.shape[1:])
+    return accelerator.gather(torch.cat([images, padding]))[:count].cpu()
+
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+@contextmanager
+def evaluating(objective: nn.Module, ema: EMA) -> Iterator[None]:
+    """The averaged weights, in evaluation mode, without gradients; then everything as before."""
+    objective.eval()
+    with torch.no_grad(), ema.swapped_in():
+        yield
+    objective.train()
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command as it can be run again, without the token."""
+    shown = []
+    for position, argument in enumerate(arguments):
+        if argument.startswith(("--hub_token", "--hub-token")):
+            continue
+        if position > 0 and arguments[position - 1] in ("--hub_token", "--hub-token"):
+            continue
+        shown.append(argument)
+    return "python " + shlex.join([relative(shown[0]), *shown[1:]])
+
+
+def relative(script: str) -> str:
+    path = Path(script).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+class Meter:
+    """Means of named numbers since the last reading, kept on the device so that adding one waits for nothing."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps and processes since the last call."""
+        names = list(self.sums)
+        local = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        values = self.accelerator.reduce(local, reduction="mean").tolist()
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, values, strict=True))
+
+
+class FiniteGuard:
+    """Stops a run whose loss is not finite, and names the step and the rows that made it so.
+
+    The losses are looked at when a log entry is due or something is to be saved, so the device does not wait for a
+    check at every step, and nothing that came after a non-finite loss is ever saved.
+    """
+
+    def __init__(self) -> None:
+        self.watched: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def watch(self, step: int, rows: torch.Tensor, losses: torch.Tensor) -> None:
+        self.watched.append((step, rows, losses.detach()))
+
+    def check(self) -> None:
+        watched, self.watched = self.watched, []
+        for step, rows, losses in watched:
+            finite = losses.isfinite().cpu()
+            if not finite.all():
+                raise NonFiniteLossError(
+                    f"the loss is not finite at step {step} for the data rows {rows[~finite].tolist()}; "
+                    "nothing from this step on was saved"
+                )
+
+
+class MetricsFile:
+    """metrics.jsonl: one line per entry; a resumed run drops the lines after the step it starts from."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() and first_step > 0 else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """The last value of each metric whose name starts with `prefix`."""
+        found: dict[str, float] = {}
+        for line in self.path.read_text().splitlines():
+            found |= {k.removeprefix(prefix): v for k, v in json.loads(line).items() if k.startswith(prefix)}
+        return found
