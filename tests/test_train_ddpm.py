@@ -1,0 +1,268 @@
+"""A run is a function of its options and seed: not of processes, accumulation, interruptions or what came before."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from annealers import GuidedDiffusionPipeline
+from annealers.run import NonFiniteLossError
+from annealers.training.train_ddpm import DDPMConfig, DDPMTask, DenoisingObjective, main
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    *(
+        "--block_out_channels",
+        "32",
+        "32",
+        "--attention_levels",
+        "1",
+        "--batch_size",
+        "16",
+        "--validation_samples",
+        "20",
+    ),
+    *("--num_inference_steps", "2", "--sample_columns", "1", "--report_to", "none", "--log_every", "2"),
+    # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
+    *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant"),
+]
+LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def arguments(folder, *more):
+    return [*TINY, "--output_dir", str(folder), "--max_steps", "6", "--checkpoint_every", "3", *map(str, more)]
+
+
+def weights(folder, kind="pipeline"):
+    if kind == "pipeline":
+        return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / "checkpoints" / "checkpoint-00000006" / "model.safetensors")
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    main(arguments(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Three runs on two processes: whole, with accumulation, and resumed at step 3 of the first."""
+    root = tmp_path_factory.mktemp("two")
+    resumed_from = str(root / "whole" / "checkpoints" / "checkpoint-00000003")
+    runs = [
+        arguments(root / "whole"),
+        arguments(root / "accumulated", "--gradient_accumulation_steps", 2),
+        arguments(root / "resumed", "--resume", resumed_from),
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ROOT / "tests" / "support" / "train_twice.py"
+    done = subprocess.run([*launch, script, json.dumps(runs)], env=LAUNCHED, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root
+
+
+# ---- exactness ------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_the_weights_of_one(one_process, two_processes):
+    assert largest_difference(weights(one_process, "live"), weights(two_processes / "whole", "live")) < 1e-5
+    assert largest_difference(weights(one_process), weights(two_processes / "whole")) < 1e-5
+
+
+def test_the_comparison_of_processes_can_fail(one_process, tmp_path):
+    main(arguments(tmp_path, "--seed", 1))
+    assert largest_difference(weights(one_process, "live"), weights(tmp_path, "live")) > 1e-3
+
+
+def test_accumulation_trains_the_weights_of_whole_batches(one_process, two_processes, tmp_path):
+    main(arguments(tmp_path, "--gradient_accumulation_steps", 4))
+    assert largest_difference(weights(one_process, "live"), weights(tmp_path, "live")) < 1e-5
+    assert largest_difference(weights(one_process, "live"), weights(two_processes / "accumulated", "live")) < 1e-5
+
+
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(one_process, tmp_path):
+    checkpoint = one_process / "checkpoints" / "checkpoint-00000003"
+    main(arguments(tmp_path, "--resume", checkpoint))
+    assert largest_difference(weights(one_process, "live"), weights(tmp_path, "live")) == 0
+    assert largest_difference(weights(one_process), weights(tmp_path)) == 0
+
+
+def test_resuming_on_two_processes_is_bit_for_bit_too(two_processes):
+    whole, resumed = two_processes / "whole", two_processes / "resumed"
+    assert largest_difference(weights(whole, "live"), weights(resumed, "live")) == 0
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+
+
+def test_one_process_can_resume_what_two_began(one_process, two_processes, tmp_path):
+    main(arguments(tmp_path, "--resume", two_processes / "whole" / "checkpoints" / "checkpoint-00000003"))
+    assert largest_difference(weights(one_process, "live"), weights(tmp_path, "live")) < 1e-5
+
+
+def test_validation_and_losses_are_the_same_on_two_processes(one_process, two_processes):
+    for ours, theirs in zip(metrics(one_process), metrics(two_processes / "whole"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_samples_are_the_same_picture_on_two_processes(one_process, two_processes):
+    from PIL import Image, ImageChops
+
+    pictures = [Image.open(folder / "samples.png") for folder in (one_process, two_processes / "whole")]
+    assert ImageChops.difference(*pictures).getextrema()[1] <= 2
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
+
+
+def test_the_saved_pipeline_draws_the_averaged_weights(one_process):
+    averaged = load_file(one_process / "checkpoints" / "checkpoint-00000006" / "ema.safetensors")
+    saved = weights(one_process)
+    assert all(torch.equal(saved[name], averaged[f"network.{name}"]) for name in saved)
+    assert (
+        largest_difference(saved, {k.removeprefix("network."): v for k, v in weights(one_process, "live").items()}) > 0
+    )
+
+
+def test_the_pipeline_of_a_run_draws_classes_by_name(one_process):
+    pipeline = GuidedDiffusionPipeline.from_pretrained(one_process / "pipeline")
+    images = pipeline(class_labels=["3", "7"], num_inference_steps=2, guidance_scale=2.0).images
+    assert [image.size for image in images] == [(8, 8), (8, 8)]
+
+
+def test_a_run_records_its_options_command_and_metrics(one_process):
+    record = json.loads((one_process / "run.json").read_text())
+    assert record["config"]["batch_size"] == 16
+    assert record["metrics"]["vlb_bits_per_dim"] > 0
+    assert json.loads((one_process / "config.json").read_text()) == record["config"]
+
+
+def test_a_token_on_the_command_line_is_written_nowhere(tmp_path):
+    secret = "hf_never_write_me"
+    main(arguments(tmp_path, "--max_steps", 1, "--hub_token", secret))
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(tmp_path):
+    from annealers.configuration import parse_config
+
+    file = tmp_path / "options.yaml"
+    file.write_text("max-steps: 7\nblock_out_channels: [32, 64]\nflip: true\nlearning_rate: 3e-4\n")
+    config = parse_config(DDPMConfig, ["--config", str(file), "--max-steps", "9"])
+    assert (config.max_steps, config.block_out_channels, config.flip, config.learning_rate) == (
+        9,
+        [32, 64],
+        True,
+        3e-4,
+    )
+
+
+@pytest.mark.parametrize("text", ["no_such_option: 1", "max_steps: many", "just words"])
+def test_a_wrong_option_in_the_file_ends_with_a_usage_message(tmp_path, text, capsys):
+    from annealers.configuration import parse_config
+
+    (tmp_path / "options.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_config(DDPMConfig, ["--config", str(tmp_path / "options.yaml")])
+    assert text.split(":")[0].split()[0] in capsys.readouterr().err
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(tmp_path, monkeypatch):
+    forward = DenoisingObjective.forward
+    calls = []
+
+    def broken(self, images, **draws):
+        terms = forward(self, images, **draws)
+        calls.append(1)
+        if len(calls) == 3:
+            terms["loss"][5] = float("nan")
+        return terms
+
+    rows = []
+    draws = DDPMTask.draws
+    monkeypatch.setattr(DDPMTask, "draws", lambda self, batch: rows.append(batch["rows"]) or draws(self, batch))
+    monkeypatch.setattr(DenoisingObjective, "forward", broken)
+    with pytest.raises(NonFiniteLossError) as error:
+        main(arguments(tmp_path))
+    assert f"step 2 for the data rows [{rows[2][5].item()}]" in str(error.value)
+    assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_resolution_that_the_network_cannot_halve_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="halve the image 2 times, which 10 pixels do not allow"):
+        main(arguments(tmp_path, "--resolution", 10, "--block_out_channels", 32, 32, 32))
+
+
+def test_a_batch_that_does_not_split_evenly_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="16"):
+        main(arguments(tmp_path, "--gradient_accumulation_steps", 3))
+
+
+def test_resuming_with_other_options_names_them(one_process, tmp_path):
+    with pytest.raises(ValueError, match="learning_rate: 0.01 in the checkpoint, 0.5 now"):
+        main(
+            arguments(
+                tmp_path, "--resume", one_process / "checkpoints" / "checkpoint-00000003", "--learning_rate", 0.5
+            )
+        )
+
+
+def test_resuming_from_nothing_names_the_path(tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
+        main(arguments(tmp_path, "--resume", tmp_path / "nowhere"))
+
+
+# ---- the objective --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--min_snr_gamma", "5"], ["--learned_variance"]], ids=["simple", "snr", "vlb"]
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_every_objective_trains(tmp_path, options, prediction_type):
+    main(arguments(tmp_path, "--max_steps", 1, "--prediction_type", prediction_type, *options))
+    assert metrics(tmp_path)[-1]["step"] == 1
+
+
+def test_labels_are_dropped_at_the_rate_of_the_option(one_process):
+    from annealers.data import load_data
+    from annealers.randomness import PositionalRandomness
+
+    config = DDPMConfig(condition_dropout=0.25)
+    task = DDPMTask(config, load_data(config), PositionalRandomness(0))
+    n = 40_000
+    batch = {"images": torch.zeros(n, 1, 1, 1), "labels": torch.zeros(n, dtype=torch.long), "first_position": 0}
+    rate = (task.draws(batch)["class_labels"] == task.null_label).float().mean().item()
+    standard_error = (0.25 * 0.75 / n) ** 0.5
+    assert abs(rate - 0.25) < 4 * standard_error
+
+
+def test_the_learning_rate_counts_optimizer_steps_whatever_the_accumulation(tmp_path):
+    rates = []
+    for accumulation in (1, 4):
+        folder = tmp_path / str(accumulation)
+        more = ["--gradient_accumulation_steps", accumulation, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2]
+        main(arguments(folder, *more, "--log_every", 1))
+        rates.append([entry["learning_rate"] for entry in metrics(folder) if "learning_rate" in entry])
+    cosine = [0.5 * (1 + torch.tensor(torch.pi * k / 4).cos().item()) for k in range(5)]
+    assert rates[0] == rates[1] == pytest.approx([0.01 * factor for factor in [0.5, *cosine]], abs=1e-9)
