@@ -49,7 +49,7 @@ class PositionalRandomness:
 
     def uniform(self, stream: str, first_position: int, count: int, shape: tuple[int, ...] = ()) -> torch.Tensor:
         """Uniform numbers on [0, 1) of the `count` positions from `first_position` on, float64 (count, *shape)."""
-        words = self._words("uniform", stream, first_position, count, math.prod(shape))  # (count, size)
+        words = self._words("uniform", shape, stream, first_position, count, math.prod(shape))  # (count, size)
         return torch.from_numpy(_unit_interval(words)).reshape(count, *shape)
 
     def normal(self, stream: str, first_position: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -59,7 +59,7 @@ class PositionalRandomness:
         with r = sqrt(-2 ln u1) <= 6.66.
         """
         size = math.prod(shape)
-        words = self._words("normal", stream, first_position, count, (size + 1) // 2)  # two normals per word
+        words = self._words("normal", shape, stream, first_position, count, (size + 1) // 2)  # two a word
         u1 = torch.from_numpy(((words >> np.uint64(32)).astype(np.float64) + 1.0) * 2.0**-32)  # (0, 1]
         u2 = torch.from_numpy((words & np.uint64(0xFFFFFFFF)).astype(np.float64) * 2.0**-32)  # [0, 1)
         radius, angle = (-2.0 * u1.log()).sqrt(), 2.0 * math.pi * u2
@@ -74,7 +74,7 @@ class PositionalRandomness:
         """
         if high < 1:
             raise ValueError(f"need high >= 1 to draw integers in [0, high), got high={high}")
-        words = self._words("integers", stream, first_position, count, 1)[:, 0]  # (count,)
+        words = self._words("integers", (), stream, first_position, count, 1)[:, 0]  # (count,)
         return torch.from_numpy((_unit_interval(words) * high).astype(np.int64))
 
     def permutation(self, stream: str, index: int, n: int) -> torch.Tensor:
@@ -90,12 +90,14 @@ class PositionalRandomness:
         """
         return int(self._generator("seed", "torch", _counter(step, process_index)).random_raw()) >> 1
 
-    def _words(self, kind: str, stream: str, first_position: int, count: int, size: int) -> np.ndarray:
+    def _words(
+        self, kind: str, shape: tuple[int, ...], stream: str, first_position: int, count: int, size: int
+    ) -> np.ndarray:
         """`size` words of 64 bits for each of `count` positions, uint64 (count, size); whole counters per position."""
         if first_position < 0 or count < 0:
             raise ValueError(f"need first_position >= 0 and count >= 0, got {first_position} and {count}")
         counters = -(-size // _WORDS_PER_COUNTER)
-        generator = self._generator(f"{kind}/{size}", stream, first_position * counters)
+        generator = self._generator("/".join((kind, *map(str, shape))), stream, first_position * counters)
         words = generator.random_raw(count * counters * _WORDS_PER_COUNTER)
         return words.reshape(count, counters * _WORDS_PER_COUNTER)[:, :size]
 
