@@ -3,8 +3,8 @@
     python training/train_ddpm.py && python benchmarks/digits_quality.py runs/ddpm/pipeline
 
 A support vector machine trained on the training split, and tested on the held-out split, reads 1,000 samples, 100 of
-each class. The Fréchet distance is that of the Gaussians fitted to the 64 pixels, in [-1, 1], of the samples and of the
-held-out split; the distance from the training split to the held-out split is the floor that sampling noise leaves.
+each class. The Fréchet distance is that of the Gaussians fitted to the 64 pixels, in [-1, 1], of the samples and of
+the held-out split; the distance from the training split to the held-out split is the floor that sampling noise leaves.
 """
 
 import argparse

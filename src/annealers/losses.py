@@ -7,8 +7,8 @@ r"""Losses and likelihood terms of diffusion models: pure functions, one number 
     prior_bound_term          L_T = KL(q(x_T | x_0) || N(0, I))                       Ho et al. 2020, Eq. 5
     hybrid_loss               T L_{t-1} with the mean detached                        Nichol & Dhariwal 2021, Sec. 3.1
 
-The terms of the bound are in bits per dimension: nats / (d ln 2), d being the number of values in a sample. They add up,
-L_T + sum_t L_{t-1}, to an upper bound on -log2 p(x_0) / d for images of 256 levels scaled to [-1, 1].
+The terms of the bound are in bits per dimension: nats / (d ln 2), d being the number of values in a sample. They add
+up, L_T + sum_t L_{t-1}, to an upper bound on -log2 p(x_0) / d for images of 256 levels scaled to [-1, 1].
 
 Sources: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; Nichol & Dhariwal 2021,
 "Improved Denoising Diffusion Probabilistic Models", arXiv:2102.09672; Hang et al. 2023, "Efficient Diffusion Training
@@ -92,8 +92,8 @@ def discretized_gaussian_log_likelihood(
 ) -> torch.Tensor:
     """Log-probability in nats of the level of x under N(mean, scale^2), elementwise (Ho et al. 2020, Eq. 13).
 
-    Each of the `levels` values on [-1, 1] owns the interval of width 2 / (levels - 1) around it, and the outer two reach
-    to infinity. The difference of the two distribution functions is taken on the side where both are small, in
+    Each of the `levels` values on [-1, 1] owns the interval of width 2 / (levels - 1) around it, and the outer two
+    reach to infinity. The difference of the two distribution functions is taken on the side where both are small, in
     logarithms, so that it neither vanishes nor loses its gradient far from the mean.
 
     Args:
