@@ -1,143 +1,153 @@
 """Checkpoints that survive a kill at any moment.
 
-A checkpoint is written beside its place and then renamed, which a file system does at once or not at all:
+A checkpoint is a folder `checkpoint-00000123` with what `Accelerator.save_state` writes, the EMA and, last, the run's
+`record.json`. It is written under another name, flushed to disk, and only then renamed, which POSIX file systems do
+atomically: under a good name there is a complete checkpoint or nothing. Old ones leave the same way, renamed before
+they are deleted.
 
-    .tmp-checkpoint-00000500  ->  every file written and synced  ->  checkpoint-00000500
-
-So a folder called `checkpoint-...` is a whole one, and the newest of them is where a run can go on.
+    .tmp-checkpoint-00000123/   being written           -> rename ->  checkpoint-00000123/
+    checkpoint-00000100/        no longer wanted        -> rename ->  .tmp-old-checkpoint-00000100/  -> delete
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from annealers.ema import EMA
 
-CHECKPOINT = re.compile(r"checkpoint-(\d{8,})")
-UNFINISHED = ".tmp-"
-RECORD = "record.json"
-EMA_WEIGHTS = "ema.safetensors"
+_UNFINISHED = ".tmp-"
+_NAME = re.compile(r"checkpoint-\d{8,}")
+_RECORD = "record.json"
+_EMA = "ema.safetensors"
 
 
 class Checkpoints:
-    """The checkpoints of a run, newest kept.
+    """The checkpoints of one run.
+
+    Weights and EMA are safetensors. Optimizer, learning-rate and random states are PyTorch files, which Accelerate
+    opens with `weights_only=True`, so that loading executes nothing (DeepSpeed opens its own files without that
+    protection: resume from folders you trust). The number of processes may change between saving and loading; a process
+    that has no random state saved keeps its own, so a run that uses torch's must reseed it each step (`step_seed`).
 
     Args:
-        folder: Where they are; created if need be.
-        accelerator: Writes and reads model and optimizer, however they are distributed.
-        keep: Number of newest checkpoints to keep.
+        folder: Where the checkpoints are; made if needed. All processes must see it.
+        accelerator: Whose prepared modules, optimizers and schedules are saved.
+        keep: How many of the newest checkpoints to keep, >= 1.
+
+    Raises:
+        ValueError: If `keep` is below 1.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, accelerator: Accelerator, keep: int = 2) -> None:
         if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
+            raise ValueError(f"need keep >= 1 checkpoints, got keep={keep}")
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{UNFINISHED}*"):
+            for leftover in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(leftover)
-        accelerator.wait_for_everyone()
 
-    def save(self, step: int, record: dict[str, Any], ema: EMA) -> Path:
-        """Writes the checkpoint of a step, then drops the oldest; every process calls it.
+    # ---- writing ----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, record: dict, ema: EMA | None = None) -> Path:
+        """Saves the run after `step` optimizer steps; every process calls it.
 
         Args:
-            step: Optimizer steps done.
-            record: What else to keep, JSON-able.
-            ema: The averaged weights.
+            step: Optimizer steps done. A complete checkpoint of this step is left alone.
+            record: What else the run needs to continue, as JSON.
+            ema: The moving average to save along.
         """
-        accelerator = self.accelerator
-        final = self.folder / f"checkpoint-{step:08d}"
-        if final.is_dir():  # a resumed run has come by here before, with the same weights
+        accelerator, final = self.accelerator, self.folder / f"checkpoint-{step:08d}"
+        text = json.dumps(record, indent=2) + "\n"
+        (exists,) = broadcast_object_list([_is_complete(final)])  # decided on one process, or the others might wait
+        if exists:
             return final
-        unfinished = final.with_name(UNFINISHED + final.name)
-        accelerator.wait_for_everyone()
+        unfinished = self.folder / f"{_UNFINISHED}{final.name}"
         accelerator.save_state(str(unfinished))
-        state = ema.state_dict()
-        if accelerator.is_main_process:
-            save_file(state["tensors"], unfinished / EMA_WEIGHTS)
-            record = {**record, "ema_updates": state["updates"]}
-            (unfinished / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        state = ema.state_dict() if ema is not None else None  # every process: it may gather shards
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            finish(unfinished, final)
-            for old in self.all()[: -self.keep]:
-                remove(old)
+            if state is not None:
+                save_file(state["tensors"], unfinished / _EMA, metadata={"updates": str(state["updates"])})
+            (unfinished / _RECORD).write_text(text)
+            _flush_tree(unfinished)
+            if final.exists():
+                _discard(final)  # damaged, for it is not complete
+            unfinished.rename(final)
+            _flush(self.folder)
+            for old in _complete(self.folder)[: -self.keep]:
+                if old != final:  # after resuming from an older one, the newest is not that of the largest step
+                    _discard(old)
         accelerator.wait_for_everyone()
         return final
 
-    def all(self) -> list[Path]:
-        """The whole checkpoints, oldest first."""
-        found = [path for path in self.folder.iterdir() if CHECKPOINT.fullmatch(path.name) and is_whole(path)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    # ---- reading ----------------------------------------------------------------------------------------------------
 
     def newest(self) -> Path | None:
-        return self.all()[-1] if self.all() else None
+        """The complete checkpoint of the largest step, or None."""
+        complete = _complete(self.folder)
+        return complete[-1] if complete else None
 
-    def load(self, checkpoint: str | Path, ema: EMA) -> dict[str, Any] | None:
-        """Loads model, optimizer and averages; every process calls it.
+    def load(self, checkpoint: str | Path = "latest", ema: EMA | None = None) -> dict | None:
+        """Puts a checkpoint into the prepared modules, optimizers and schedules; every process calls it.
 
         Args:
-            checkpoint: A folder, or "latest".
-            ema: Receives the averaged weights.
+            checkpoint: A checkpoint folder, or "latest" for the newest complete one of this run.
+            ema: The moving average to continue.
 
         Returns:
-            The record that was saved, or None if there is no checkpoint and "latest" was asked for.
+            The record given to `save`, or None if "latest" finds no checkpoint.
 
         Raises:
-            FileNotFoundError: If the folder is no whole checkpoint.
+            FileNotFoundError: If the checkpoint does not exist, is not complete, or has no EMA although one is given.
         """
-        path = self.newest() if str(checkpoint) == "latest" else Path(checkpoint)
+        path = self.newest() if checkpoint == "latest" else Path(checkpoint)
         if path is None:
             return None
-        if not is_whole(path):
-            raise FileNotFoundError(
-                f"{path} is not a checkpoint; this run has {[p.name for p in self.all()] or 'none'}"
-            )
-        record = json.loads((path / RECORD).read_text())
+        if not _is_complete(path):
+            known = ", ".join(c.name for c in _complete(path.parent)) or "none"
+            what = f"is not complete: it has no {_RECORD}" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"checkpoint {path} {what}; complete checkpoints beside it: {known}")
+        if ema is not None:
+            if not (path / _EMA).is_file():
+                raise FileNotFoundError(f"checkpoint {path} has no {_EMA}: it was saved by a run without an EMA")
+            with safe_open(path / _EMA, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                ema.load_state_dict({"updates": int(file.metadata()["updates"]), "tensors": tensors})
         self.accelerator.load_state(str(path))
-        # The count of micro-batches belongs to the accumulation of the run that saved it, not to this one's.
+        # The micro-step counter of gradient accumulation: Accelerate restores it, and only on the processes that have a
+        # random state saved. A checkpoint lies between optimizer steps, so it starts anew on all of them.
         self.accelerator.step = 0
-        ema.load_state_dict({"updates": record["ema_updates"], "tensors": load_file(path / EMA_WEIGHTS)})
-        return record
+        return json.loads((path / _RECORD).read_text())
 
 
-def is_whole(path: Path) -> bool:
-    return (path / RECORD).is_file() and (path / EMA_WEIGHTS).is_file()
+def _is_complete(path: Path) -> bool:
+    """Whether the file that is written last is there."""
+    return (path / _RECORD).is_file()
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` at the end, and never half of it."""
-    unfinished = folder.with_name(UNFINISHED + folder.name)
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    if folder.exists():
-        remove(folder)
-    finish(unfinished, folder)
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, by increasing step."""
+    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and _is_complete(path)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def finish(unfinished: Path, final: Path) -> None:
-    """Syncs everything below `unfinished` to the disk, then renames it."""
-    for directory, _, files in os.walk(unfinished):
-        for name in files:
-            sync(os.path.join(directory, name))
-        sync(directory)
-    unfinished.rename(final)
-    sync(final.parent)
+def _discard(checkpoint: Path) -> None:
+    """Deletes a checkpoint, after giving it a name that says so."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{_UNFINISHED}old-{checkpoint.name}")))
 
 
-def sync(path: str | Path) -> None:
+def _flush(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk."""
+    if os.name == "nt":
+        return  # Windows can flush neither folders nor what is open for reading
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,8 +155,9 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def remove(folder: Path) -> None:
-    """Deletes a folder so that a kill on the way leaves no half of it under its name."""
-    doomed = folder.with_name(f"{UNFINISHED}old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _flush_tree(folder: Path) -> None:
+    """Waits until everything under a folder is on disk, contents before the names that lead to them."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _flush(Path(path, name))
+        _flush(Path(path))
