@@ -23,9 +23,11 @@ from torch import nn
 from annealers import DDPMAncestralScheduler, GuidedDiffusionPipeline
 from annealers.configuration import RunConfig, option, parse_config
 from annealers.data import validation_batches
-from annealers.figures import image_grid
+from annealers.figures import enlarge, image_grid, to_pil
 from annealers.losses import hybrid_loss, min_snr_weight, prior_bound_term, simple_loss, variational_bound_term
 from annealers.run import Batch, Run, Task, Terms, gathered_images, my_share
+
+SMALLEST_PICTURE = 32  # pixels; smaller images are enlarged to be seen
 
 
 @dataclass
@@ -226,7 +228,12 @@ class DDPMTask(Task):
             generator=[torch.Generator().manual_seed(self.randomness.step_seed(i, 0)) for i in mine],
             output_type="pt",
         ).images
-        return image_grid(gathered_images(images, rows * columns, accelerator), columns)
+        images = gathered_images(images, rows * columns, accelerator)
+        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
+            images = torch.cat(images.split(1, dim=1), dim=-1)
+        pictures = to_pil(images * 2 - 1)
+        scale = -(-SMALLEST_PICTURE // self.data.resolution)
+        return image_grid([enlarge(picture, scale) for picture in pictures], columns, padding=2)
 
 
 def objective_of(objective: nn.Module, accelerator: Accelerator) -> DenoisingObjective:

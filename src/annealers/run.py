@@ -17,6 +17,7 @@ processes and any accumulation train the same weights, and a resumed run continu
 import json
 import platform
 import shlex
+import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -35,7 +36,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from annealers.checkpoint import Checkpoints, whole_folder
+from annealers.checkpoint import Checkpoints
 from annealers.configuration import RunConfig, check_same_run, config_to_dict, save_config
 from annealers.data import ImageData, load_data, train_batches
 from annealers.ema import EMA
@@ -290,7 +291,8 @@ class Run:
         record = self._record(self.config.max_steps) | {
             "pipeline": type(pipeline).__name__,
             "pipeline_tag": self.task.pipeline_tag,
-            "metrics": self.metrics.last("validation/"),
+            "samples": "samples.png",
+            "metrics": self._validation_metrics(),
         }
         (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
         card = model_card(record)
@@ -306,12 +308,29 @@ class Run:
             url = push_folder(folder, repo_id, private=self.config.hub_private, token=self.config.hub_token)
             print(f"pushed:   {url}")
 
+    def _validation_metrics(self) -> list[dict[str, Any]]:
+        """The last validation as the card lists it."""
+        values = self.metrics.last("validation/")
+        n = values.pop("images", None)
+        return [{"name": name, "value": value, "split": "validation", "n": n} for name, value in values.items()]
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` when it is whole."""
+    unfinished = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    yield unfinished
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
 
 def my_share(count: int, accelerator: Accelerator) -> range:
-    """The contiguous part of 0 .. count - 1 that this process works on."""
+    """The contiguous part of 0 .. count - 1 that is this process's; never empty, so that all take part in calls."""
     share = -(-count // accelerator.num_processes)
-    first = min(accelerator.process_index * share, count)
-    return range(first, min(first + share, count))
+    first = accelerator.process_index * share
+    return range(first, min(first + share, count)) if first < count else range(1)
 
 
 def gathered_images(images: torch.Tensor, count: int, accelerator: Accelerator) -> torch.Tensor:
