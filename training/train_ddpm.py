@@ -102,6 +102,13 @@ class DDPMTask(Task):
     """A UNet that denoises."""
 
     config: DDPMConfig
+    tags = ("ddpm",)
+
+    @property
+    def example(self) -> str | None:
+        if self.id2label is None:
+            return "images = pipeline(batch_size=4).images"
+        return f"images = pipeline(class_labels={list(self.id2label.values())[:4]}, guidance_scale=2.0).images"
 
     @property
     def id2label(self) -> dict[int, str] | None:

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
     from annealers import exact
     from annealers.hub import export
-    from annealers.pipelines import GuidedDiffusionPipeline
+    from annealers.pipelines import AnnealersPipeline, GuidedDiffusionPipeline
     from annealers.schedulers import DDPMAncestralScheduler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnnealersPipeline",
     "ConfigMixin",
     "DDPMAncestralScheduler",
     "DiffusionPipeline",
@@ -35,6 +36,7 @@ _HOMES = {
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
     "DDPMAncestralScheduler": "annealers.schedulers",
+    "AnnealersPipeline": "annealers.pipelines",
     "GuidedDiffusionPipeline": "annealers.pipelines",
     "export": "annealers.hub",
 }

@@ -54,6 +54,8 @@ class Task(ABC):
     """What a training script adds to the loop."""
 
     pipeline_tag = "unconditional-image-generation"
+    tags: tuple[str, ...] = ()
+    example: str | None = None  # the line of the card that makes images
 
     def __init__(self, config: RunConfig, data: ImageData, randomness: PositionalRandomness) -> None:
         self.config, self.data, self.randomness = config, data, randomness
@@ -203,11 +205,11 @@ class Run:
                 self.checkpoints.save(done, self._record(done), ema)
         guard.check()
 
-        with ema.swapped_in():
-            state = accelerator.get_state_dict(objective)
         pipeline_folder = self.folder / "pipeline"
-        if self.is_main:
-            self._save_pipeline(state, pipeline_folder)
+        with ema.swapped_in():
+            state = accelerator.get_state_dict(objective)  # may be the live tensors themselves: use them in here
+            if self.is_main:
+                self._save_pipeline(state, pipeline_folder)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return pipeline_folder
@@ -283,7 +285,7 @@ class Run:
 
     def _save_pipeline(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes pipeline and card beside and renames, so that the folder is never half of one; pushes if asked."""
-        from annealers.hub import model_card
+        from annealers.hub import model_card, push_folder
 
         objective = self.task.build()
         objective.load_state_dict(state)
@@ -291,28 +293,27 @@ class Run:
         record = self._record(self.config.max_steps) | {
             "pipeline": type(pipeline).__name__,
             "pipeline_tag": self.task.pipeline_tag,
+            "tags": self.task.tags,
             "samples": "samples.png",
             "metrics": self._validation_metrics(),
         }
         (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-        card = model_card(record)
+        repo_id = (self.config.hub_model_id or self.folder.name) if self.config.push_to_hub else None
+        card = model_card(record, repo_id, example=self.task.example)
         with whole_folder(folder) as unfinished:
             pipeline.save_pretrained(unfinished)
             (unfinished / "samples.png").write_bytes((self.folder / "samples.png").read_bytes())
             card.save(unfinished / "README.md")
         print(f"pipeline: {folder}\nsamples:  {self.folder / 'samples.png'}")
-        if self.config.push_to_hub:
-            from annealers.hub import push_folder
-
-            repo_id = self.config.hub_model_id or self.folder.name
-            url = push_folder(folder, repo_id, private=self.config.hub_private, token=self.config.hub_token)
-            print(f"pushed:   {url}")
+        if repo_id is not None:
+            commit = push_folder(folder, repo_id, private=self.config.hub_private or None, token=self.config.hub_token)
+            print(f"pushed:   {commit}")
 
     def _validation_metrics(self) -> list[dict[str, Any]]:
         """The last validation as the card lists it."""
         values = self.metrics.last("validation/")
-        n = values.pop("images", None)
-        return [{"name": name, "value": value, "split": "validation", "n": n} for name, value in values.items()]
+        n = values.pop("images", 0)
+        return [{"name": name, "value": value, "split": "validation", "n": int(n)} for name, value in values.items()]
 
 
 @contextmanager
