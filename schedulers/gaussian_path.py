@@ -39,13 +39,14 @@ Schedules and Sample Steps are Flawed", arXiv:2305.08891.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "geometric")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "karras")
@@ -112,20 +113,15 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if config.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {config.prediction_type!r}")
 
-        alphas, sigmas = path_table(config)
+        alphas, sigmas, self.betas = path_table(config)
         self._num_levels = len(alphas)
         # The data, (1, 0), is the row after the last, where Python's index -1 finds it.
         self._alphas = torch.cat([alphas, torch.ones(1, dtype=torch.float64)])
         self._sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
-        alphas_cumprod = alphas**2
-        one_step_alphas = alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        self.alphas_cumprod = alphas_cumprod.float()
-        self.alphas = one_step_alphas.float()
-        self.betas = (1 - one_step_alphas).float()
-        if config.trained_betas is not None:
-            self.betas = torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
+        self.alphas_cumprod = (alphas**2).float()
+        self.alphas = 1 - self.betas
 
         self.num_inference_steps: int | None = None
         self._set_schedule(np.arange(self._num_levels)[::-1], device=None)
@@ -160,7 +156,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if key not in self._tables:  # moved to a device once, so that training does not wait for a copy at every step
             self._tables[key] = (self._alphas.to(dtype).to(key[0]), self._sigmas.to(dtype).to(key[0]))
         alphas, sigmas = self._tables[key]
-        return alphas[timesteps.long()], sigmas[timesteps.long()]
+        rows = timesteps.long().reshape(-1)  # a 0-d index would be read on the host
+        return alphas[rows].reshape(timesteps.shape), sigmas[rows].reshape(timesteps.shape)
 
     # ---- the schedule: which levels are visited ---------------------------------------------------------------------
 
@@ -210,14 +207,14 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         elif spacing == "linspace":
             timesteps = np.linspace(0, T - 1, N)[::-1] if N > 1 else np.array([T - 1])
         elif spacing == "trailing":
-            timesteps = T - np.arange(N) * (T / N) - 1
+            timesteps = np.arange(T, 0, -T / N)[:N].round() - 1  # rounds as in Diffusers; arange may overshoot
         else:
             timesteps = self._karras_timesteps(N)
         return strictly_decreasing(timesteps.round().astype(np.int64), T)
 
     def _karras_timesteps(self, N: int) -> np.ndarray:
         """The train timesteps whose noise-to-signal ratios lie nearest to Karras et al. 2022, Eq. 5."""
-        self._check_terminal_snr(self._num_levels - 1, needed_by="timestep_spacing='karras'")
+        self._check_terminal_snr(self._num_levels - 1, needed_by="timestep_spacing='karras', which spaces log SNR,")
         ratio = (self._sigmas[:-1] / self._alphas[:-1]).numpy()  # (T,), increasing
         ramp = np.linspace(0, 1, N)
         largest, smallest = ratio[-1] ** (1 / KARRAS_RHO), ratio[0] ** (1 / KARRAS_RHO)
@@ -239,12 +236,9 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if self._alphas[timestep] > 0:
             return
         if needed_by is None and self.config.prediction_type in ("epsilon", "score"):
-            needed_by = f"prediction_type={self.config.prediction_type!r}"
+            needed_by = f"prediction_type={self.config.prediction_type!r}, unlike 'v_prediction' and 'sample',"
         if needed_by is not None:
-            raise ValueError(
-                f"timestep {timestep} has no signal (alpha = 0), where {needed_by} cannot tell x_0; use "
-                "'v_prediction' or 'sample', or a schedule with signal at its end"
-            )
+            raise ValueError(f"timestep {timestep} has no signal (alpha = 0), and {needed_by} needs some")
 
     # ---- the position in the schedule -------------------------------------------------------------------------------
 
@@ -273,15 +267,19 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
                 return timestep.storage_offset() - self.timesteps.storage_offset()
         due = self._begin_index if self._step_index is None else self._step_index
-        if due is not None:
-            on_host = not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu"
-            if not on_host and due >= len(self._schedule):
+        if due is not None and isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            if due >= len(self._schedule):
                 raise ValueError(f"all {len(self._schedule)} steps are taken; call set_timesteps to start again")
-            if due < len(self._schedule) and (not on_host or self._schedule[due] == int(timestep)):
-                return due
-        if int(timestep) not in self._schedule:
-            raise ValueError(f"timestep {int(timestep)} is not in the schedule {self._schedule}; see set_timesteps")
-        return self._schedule.index(int(timestep))
+            return due
+        value = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+        if due is not None and due < len(self._schedule) and self._schedule[due] == value:
+            return due
+        if value not in self._schedule:
+            raise ValueError(
+                f"timestep {value} is not one of the {len(self._schedule)} of the schedule, "
+                f"{self._schedule[0]} .. {self._schedule[-1]}; see set_timesteps"
+            )
+        return self._schedule.index(value)
 
     def _levels(self, position: int) -> tuple[int, int]:
         """Train timesteps of a step: the level it leaves and the one it goes to, -1 for the data."""
@@ -354,6 +352,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
     def _aligned(self, sample: torch.Tensor, timesteps: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha_t, sigma_t) with the axes of `sample`, (B, 1, ..), in its working precision and on its device."""
         timesteps = torch.as_tensor(timesteps, device=sample.device)
+        if timesteps.numel() not in (1, len(sample)):
+            raise ValueError(f"need one timestep or one per sample, {len(sample)}, got {timesteps.numel()}")
         alpha, sigma = self.signal_and_noise(timesteps, dtype=working_dtype(sample))
         shape = (-1,) + (1,) * (sample.ndim - 1)
         return alpha.reshape(shape), sigma.reshape(shape)
@@ -395,15 +395,28 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
 
 def working_dtype(sample: torch.Tensor) -> torch.dtype:
     """Half precision is computed in float32; float32 and float64 as they are."""
+    if not sample.is_floating_point():
+        raise ValueError(f"samples must be floating-point tensors, got {sample.dtype}")
     return torch.promote_types(sample.dtype, torch.float32)
+
+
+def standard_normal(
+    sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Draws noise of the shape of `sample`, (B, *); a list of generators gives each sample its own."""
+    if isinstance(generator, list) and len(generator) not in (1, len(sample)):
+        raise ValueError(f"need one generator or one per sample, {len(sample)}, got {len(generator)}")
+    return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
 
 
 # ---- ways to fill the table -----------------------------------------------------------------------------------------
 
 
-def path_table(config: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """(alpha_t, sigma_t), float64, each (T,), as the config of a scheduler asks for."""
+def path_table(config: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(alpha_t, sigma_t), float64, and beta_t, float32, each (T,), as the config of a scheduler asks for."""
     schedule, T = config.beta_schedule, config.num_train_timesteps
+    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        raise ValueError(f"num_train_timesteps must be a positive integer, got {T!r}")
     if config.trained_betas is None and schedule not in BETA_SCHEDULES:
         raise ValueError(f"beta_schedule must be one of {BETA_SCHEDULES}, got {schedule!r}")
     if config.trained_betas is None and schedule == "geometric":
@@ -411,31 +424,41 @@ def path_table(config: object) -> tuple[torch.Tensor, torch.Tensor]:
             raise ValueError(
                 "rescale_betas_zero_snr is for beta schedules; a geometric ladder ends where sigma_max says"
             )
-        return geometric_ladder(config.sigma_min, config.sigma_max, T)
+        alphas, sigmas = geometric_ladder(config.sigma_min, config.sigma_max, T)
+        return alphas, sigmas, one_step_betas(alphas**2)
 
     if config.trained_betas is not None:
         betas = torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
     else:
         betas = beta_table(schedule, config.beta_start, config.beta_end, T)
-    if not ((betas > 0) & (betas <= 1)).all():
-        raise ValueError(f"betas must lie in (0, 1], got {betas.min().item()} .. {betas.max().item()}")
+    if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas <= 1)).all():
+        raise ValueError(f"betas must be a list of numbers in (0, 1], got {betas}")
     alphas_cumprod = (1 - betas).cumprod(0)
     if config.rescale_betas_zero_snr:
         alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
+        betas = one_step_betas(alphas_cumprod)
+    if not (torch.cat([torch.ones_like(betas[:1]), alphas_cumprod]).diff() < 0).all():
+        raise ValueError(
+            "each timestep must lose signal, but in float32 the product of 1 - beta stays where it is: betas from "
+            f"{betas.min().item()} to {betas.max().item()} over {len(betas)} timesteps"
+        )
     alphas_cumprod = alphas_cumprod.double()
-    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), betas
+
+
+def one_step_betas(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """beta_t = 1 - alpha_t^2 / alpha_{t-1}^2, (T,), float32."""
+    return (1 - alphas_cumprod / torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])).float()
 
 
 def beta_table(schedule: str, beta_start: float, beta_end: float, T: int) -> torch.Tensor:
     """beta_t, (T,), named as in Diffusers and, like there, float32: the path that its networks are trained on."""
-    if not isinstance(T, int) or T < 1:
-        raise ValueError(f"num_train_timesteps must be a positive integer, got {T!r}")
     if schedule == "linear":  # Ho et al. 2020, Sec. 4
-        return torch.linspace(beta_start, beta_end, T)
+        return torch.linspace(beta_start, beta_end, T, dtype=torch.float32)
     if schedule == "scaled_linear":  # latent diffusion: linear in sqrt(beta)
-        return torch.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
+        return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float32) ** 2
     if schedule == "sigmoid":  # GeoDiff
-        return torch.sigmoid(torch.linspace(-6, 6, T)) * (beta_end - beta_start) + beta_start
+        return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float32)) * (beta_end - beta_start) + beta_start
     # squaredcos_cap_v2: Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17
     t = torch.arange(T + 1, dtype=torch.float64) / T
     alphas_cumprod = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -463,7 +486,7 @@ def rescale_to_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 
 
 def strictly_decreasing(timesteps: np.ndarray, T: int) -> np.ndarray:
-    """The nearest strictly decreasing schedule within 0 .. T - 1: levels that coincide or overshoot move aside."""
+    """A strictly decreasing schedule within 0 .. T - 1: levels that coincide move up, those that overshoot down."""
     N = len(timesteps)
     timesteps = np.maximum(timesteps, np.arange(N)[::-1])
     for i in reversed(range(N - 1)):

@@ -27,16 +27,17 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.logging import tqdm
+
 from annealers.schedulers.gaussian_path import (
     GaussianPathScheduler,
     GaussianPathSchedulerOutput,
     Transition,
+    standard_normal,
     transition,
     working_dtype,
 )
-from diffusers.configuration_utils import register_to_config
-from diffusers.utils.logging import tqdm
-from diffusers.utils.torch_utils import randn_tensor
 
 # The two names that end in _log are Diffusers' for the same variances, stored as logarithms; None is what a multistep
 # solver's config says of a network without learned variance.
@@ -144,6 +145,7 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
         """
         position = self._position(timestep)
         t, s = self._levels(position)
+        self._check_terminal_snr(t)
         alpha_t, sigma_t = self._coefficients(t)
         law = transition(alpha_t, sigma_t, *self._coefficients(s))
 
@@ -154,7 +156,7 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
 
         x_s = law.sample_weight * x_t + law.original_weight * x_0
         if s >= 0 or self.config.last_step_noise:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
+            noise = standard_normal(sample, generator, dtype)
             x_s = x_s + self._standard_deviation(t, s, law, variance_values) * noise
 
         self._step_index = position + 1
@@ -170,8 +172,9 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The model's p(x_s | x_t), for likelihoods: nothing is clipped, and the step to the data has a variance.
 
-        That variance is, for "fixed_small" and the lower end of "learned_range", the one of the step before it in
-        `timesteps`, as in Nichol & Dhariwal 2021: beta-tilde itself would be 0.
+        That variance is, for "fixed_small" and the lower end of "learned_range", the one of the step before it, as in
+        Nichol & Dhariwal 2021, because beta-tilde itself is 0: the step before it in `timesteps` or, if
+        `previous_timesteps` is None, in the whole chain.
 
         Args:
             model_output: Output of the network, (B, *) or (B, 2C, *).
@@ -189,7 +192,8 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
         law = self._transition(x_t, timesteps, previous_timesteps)
         mean = law.sample_weight * x_t + law.original_weight * x_0
 
-        floor = torch.where(law.posterior_variance > 0, law.posterior_variance, self._variance_before_the_last())
+        chain = [1, 0][-len(self) :] if previous_timesteps is None else self._schedule
+        floor = torch.where(law.posterior_variance > 0, law.posterior_variance, self._variance_before_the_last(chain))
         kind = VARIANCE_TYPES[self.config.variance_type]
         if kind == "optimal":
             variance = law.posterior_variance + self._uncertainty(x_t, timesteps, law)
@@ -211,18 +215,19 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
         if kind == "fixed_large":
             return law.forward_variance**0.5
         if kind == "optimal":
+            self._check_terminal_snr(t, needed_by="variance_type='optimal'")
             alpha_t, sigma_t = self._coefficients(t)
             unexplained = max(0.0, 1 - self._mean_squared_noise()[t])
             return (law.posterior_variance + (law.original_weight * sigma_t / alpha_t) ** 2 * unexplained) ** 0.5
-        floor = law.posterior_variance if s >= 0 else self._variance_before_the_last()
+        floor = law.posterior_variance if s >= 0 else self._variance_before_the_last(self._schedule)
         log_variance = learned_log_variance(kind, variance_values, math.log(floor), math.log(law.forward_variance))
         return (0.5 * log_variance).exp()
 
-    def _variance_before_the_last(self) -> float:
+    def _variance_before_the_last(self, schedule: list[int]) -> float:
         """beta-tilde of the step before the last one; of a schedule of one step, its forward variance."""
-        if len(self._schedule) == 1:
-            return self._coefficients(self._schedule[0])[1] ** 2
-        t, s = self._schedule[-2:]
+        if len(schedule) == 1:
+            return self._coefficients(schedule[0])[1] ** 2
+        t, s = schedule[-2:]
         return transition(*self._coefficients(t), *self._coefficients(s)).posterior_variance
 
     def _split(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -267,9 +272,8 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
         measured = sorted({int(t) for t in (range(len(self)) if timesteps is None else timesteps)})
         statistic = []
         for t in tqdm(measured, desc="calibrating the reverse variance"):
-            noise = randn_tensor(
-                original_samples.shape, generator, original_samples.device, working_dtype(original_samples)
-            )
+            self._check_terminal_snr(t)
+            noise = standard_normal(original_samples, generator, working_dtype(original_samples))
             x_t = self.add_noise(original_samples, noise, t)
             output = model(x_t, torch.tensor(t, device=x_t.device), **model_kwargs)
             prediction, _ = self._split(output if isinstance(output, torch.Tensor) else output.sample, x_t)
@@ -277,7 +281,9 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
             x_0 = self.original_sample(prediction, x_t, t)
             statistic.append((((x_t - alpha * x_0) / sigma) ** 2).mean().item())
         values = np.interp(np.arange(len(self)), measured, statistic).tolist()
-        self.register_to_config(mean_squared_noise=values)
+        # Diffusers' from_config drops what it believes to be a default
+        defaults = [name for name in self.config.get("_use_default_values", []) if name != "mean_squared_noise"]
+        self.register_to_config(mean_squared_noise=values, _use_default_values=defaults)
         return values
 
     def _mean_squared_noise(self) -> list[float]:
@@ -288,8 +294,9 @@ class DDPMAncestralScheduler(GaussianPathScheduler):
     def _uncertainty(self, sample: torch.Tensor, timesteps: torch.Tensor, law: Transition) -> torch.Tensor:
         """The part of the optimal variance that comes from not knowing x_0, (B, 1, ..)."""
         alpha, sigma = self._aligned(sample, timesteps)
-        statistic = torch.tensor(self._mean_squared_noise(), dtype=sample.dtype, device=sample.device)[timesteps]
-        return (law.original_weight * sigma / alpha) ** 2 * (1 - statistic.reshape(alpha.shape)).clamp(min=0)
+        statistic = torch.tensor(self._mean_squared_noise(), dtype=sample.dtype, device=sample.device)
+        rows = torch.as_tensor(timesteps, device=sample.device).reshape(-1)
+        return (law.original_weight * sigma / alpha) ** 2 * (1 - statistic[rows].reshape(alpha.shape)).clamp(min=0)
 
 
 def learned_log_variance(
