@@ -1,8 +1,13 @@
 """Pipelines: a network, a scheduler and the loop between them."""
 
 if __name__ != "annealers.pipelines":
-    raise ImportError("import annealers.pipelines: this folder is its source, and `pipelines` would be a second copy of its classes")
+    raise ImportError("import annealers.pipelines; `pipelines` would be a second copy of its classes")
 
-from annealers.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline, GuidedDiffusionPipelineOutput
+from annealers.pipelines.annealers_pipeline import AnnealersPipeline
+from annealers.pipelines.pipeline_guided_diffusion import (
+    GuidedDiffusionPipeline,
+    GuidedDiffusionPipelineOutput,
+    Trajectory,
+)
 
-__all__ = ["GuidedDiffusionPipeline", "GuidedDiffusionPipelineOutput"]
+__all__ = ["AnnealersPipeline", "GuidedDiffusionPipeline", "GuidedDiffusionPipelineOutput", "Trajectory"]

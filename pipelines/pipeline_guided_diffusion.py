@@ -1,0 +1,412 @@
+"""Images from a diffusion model, unconditional or class-conditional with classifier-free guidance.
+
+One network is trained with its class label and, now and then, with a null label in its place. At each step it is asked
+both questions, and the answers are extrapolated,
+
+    eps_w = eps_u + w (eps_c - eps_u),        w = 0: unconditional,   w = 1: conditional,   w > 1: guided.
+
+Source: Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, Eq. 6. Beware: their w is ours - 1.
+
+    symbol    code                      shape           meaning
+    x_t       sample                    (B, C, H, W)    state; noise at first, the image in [-1, 1] at last
+    eps_c     conditional               (B, C, H, W)    prediction given the class
+    eps_u     unconditional             (B, C, H, W)    prediction given the null class
+    w         guidance_scale            ()
+    x̂_0       pred_original_sample      (B, C, H, W)    the scheduler's prediction of the image at a step
+
+"eps" stands for what the network was trained to predict: noise, x_0, velocity or score. All are affine in eps_u and
+eps_c with the same coefficients, so guidance is the same for each.
+"""
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from annealers.pipelines.annealers_pipeline import AnnealersPipeline
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+PIL_CHANNELS = (1, 3)
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+Generators = torch.Generator | list[torch.Generator]
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor | np.ndarray
+
+
+@dataclass
+class Trajectory:
+    """The states that a run went through, on the CPU, in the range [-1, 1] of the network.
+
+    Args:
+        samples: x_t before the first step, then after each: (N + 1, B, C, H, W).
+        predictions: x̂_0 as each step saw it: (N, B, C, H, W). None if the scheduler does not return it.
+        timesteps: The train timestep of each step: (N,).
+    """
+
+    samples: torch.Tensor
+    predictions: torch.Tensor | None
+    timesteps: torch.Tensor
+
+
+@dataclass
+class GuidedDiffusionPipelineOutput(BaseOutput):
+    """What the pipeline returns.
+
+    Args:
+        images: A list of B PIL images, or an array (B, H, W, C), or a tensor (B, C, H, W), both in [0, 1].
+        trajectory: The states on the way, if they were asked for.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    trajectory: Trajectory | None = None
+
+
+class GuidedDiffusionPipeline(AnnealersPipeline):
+    """Draws images with any scheduler of annealers or Diffusers.
+
+    Args:
+        unet: A network called as `unet(x_t, t, class_labels=...)`, such as `UNet2DModel`. For K classes and guidance
+            it has `num_class_embeds = K + 1`. If it has 2C output channels the second half is a learned variance.
+        scheduler: The sampler.
+        id2label: Name of each class id.
+        null_label: Id that stands for "no class" in training, usually K; None if the network knows none.
+
+    Raises:
+        ValueError: If `id2label` or `null_label` are not among the classes of the network.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> import annealers
+        >>> unet = UNet2DModel(
+        ...     sample_size=8, in_channels=1, out_channels=1, num_class_embeds=3, block_out_channels=(32, 32),
+        ...     layers_per_block=1,
+        ...     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+        >>> names = {0: "cat", 1: "dog"}
+        >>> pipeline = annealers.GuidedDiffusionPipeline(unet, annealers.DDPMAncestralScheduler(), names, null_label=2)
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> images = pipeline(class_labels=["dog", "cat"], guidance_scale=2.0, num_inference_steps=4).images
+        >>> len(images), images[0].size
+        (2, (8, 8))
+    """
+
+    __module__ = "annealers"  # the name that model_index.json records
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["sample", "class_labels"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        null_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor()
+
+        num_classes = unet.config.get("num_class_embeds") or 0
+        if id2label is not None:
+            id2label = {int(label): name for label, name in id2label.items()}  # JSON makes every key a string
+            if not all(0 <= label < num_classes for label in id2label):
+                raise ValueError(f"id2label names {sorted(id2label)}, but unet.config.num_class_embeds={num_classes}")
+        if null_label is not None and not 0 <= null_label < num_classes:
+            raise ValueError(f"null_label={null_label} is not below unet.config.num_class_embeds={num_classes}")
+        self.id2label = id2label
+        self.null_label = null_label
+        self.register_to_config(id2label=id2label, null_label=null_label)
+
+    # ---- the settings of the current run, which a callback may read or change ---------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # ---- arguments --------------------------------------------------------------------------------------------------
+
+    def label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Class ids of one or several labels, each an id or a name.
+
+        Raises:
+            ValueError: If a label is not a class of this model; the null label is not one.
+        """
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
+            class_labels = [class_labels]
+        return [self._label_id(label) for label in class_labels]
+
+    def _label_id(self, label: int | str) -> int:
+        num_classes = self.unet.config.get("num_class_embeds")
+        if num_classes is None:
+            raise ValueError(f"got class label {label!r}, but the network has no classes (num_class_embeds=None)")
+        if isinstance(label, str):
+            names = self.id2label or {}
+            ids = [i for i, name in names.items() if name == label]
+            if len(ids) != 1:
+                problem = f"stands for the classes {ids}" if ids else f"is not one of {list(names.values())}"
+                raise ValueError(f"class label {label!r} {problem}")
+            return ids[0]
+        try:
+            label = operator.index(label)
+        except TypeError as error:
+            raise ValueError(f"a class label is an integer or a name, got {label!r}") from error
+        if label == self.null_label:
+            raise ValueError(f"class label {label} is the null label: leave class_labels out, or set guidance_scale=0")
+        if not 0 <= label < num_classes:
+            classes = num_classes - (self.null_label is not None)
+            raise ValueError(f"class label {label} is not one of the {classes} classes of the network")
+        return label
+
+    def _run_size(
+        self,
+        batch_size: int | None,
+        class_labels: ClassLabels | None,
+        generator: Generators | None,
+        sample: torch.Tensor | None,
+    ) -> int:
+        """B, which every argument that has a length must agree on; 1 if none has."""
+        stated = {
+            "batch_size": batch_size,
+            "class_labels": None if _is_single(class_labels) else len(class_labels),
+            "generator": len(generator) if isinstance(generator, list) else None,
+            "sample": None if sample is None else len(sample),
+        }
+        stated = {name: size for name, size in stated.items() if size is not None}
+        if len(set(stated.values())) > 1 or not all(size > 0 for size in stated.values()):
+            raise ValueError(f"need one positive batch size, got {stated}")
+        return next(iter(stated.values()), 1)
+
+    def _check_guidance(self, class_labels: ClassLabels | None, guidance_scale: float) -> None:
+        conditional = self.unet.config.get("num_class_embeds") is not None
+        if class_labels is None and guidance_scale not in (0, 1):
+            raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide towards")
+        if conditional and self.null_label is None and (class_labels is None or guidance_scale != 1):
+            raise ValueError(
+                f"the network is class-conditional and has no null label: it needs class_labels and guidance_scale=1, "
+                f"got class_labels={class_labels} and guidance_scale={guidance_scale}"
+            )
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        channels = self.unet.config.in_channels
+        if output_type == "pil" and channels not in PIL_CHANNELS:
+            raise ValueError(f"a PIL image has 1 or 3 channels, this network has {channels}: use output_type='pt'")
+
+    def _initial_sample(
+        self, batch_size: int, generator: Generators | None, sample: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Unit noise times `init_noise_sigma`; a half-precision network is still sampled in float32."""
+        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        if sample is None:
+            if size is None:
+                raise ValueError("unet.config.sample_size is None: pass the initial noise as sample=(B, C, H, W)")
+            height, width = (size, size) if isinstance(size, int) else size
+            shape = (batch_size, channels, height, width)
+            sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise ValueError(f"sample must have the shape (B, {channels}, H, W), got {tuple(sample.shape)}")
+        return sample.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+
+    def _set_timesteps(self, num_inference_steps: int, timesteps: Sequence[int] | None) -> int:
+        """Sets the scheduler up and returns the number of noise levels; `order` entries of its schedule make one."""
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            return num_inference_steps
+        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(self.scheduler).__name__}.set_timesteps takes no timesteps, got {timesteps}")
+        self.scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
+        return math.ceil(len(self.scheduler.timesteps) / self.scheduler.order)
+
+    # ---- sampling ---------------------------------------------------------------------------------------------------
+
+    def guided_prediction(
+        self,
+        sample: torch.Tensor,
+        t: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        null_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """eps_u + w (eps_c - eps_u) at x_t; one network call if w is 0 or 1, else one call on the doubled batch.
+
+        Args:
+            sample: x_t as the scheduler keeps it, (B, C, H, W).
+            t: Train timestep, ().
+            class_labels: Class ids, (B,); None for a network without classes.
+            null_labels: The null label B times, (B,); None for a network without one.
+
+        Returns:
+            (B, C, H, W), or (B, 2C, H, W) for a scheduler that takes the learned variance. The variance is never
+            extrapolated: it is that of the conditional answer, or of the only one.
+        """
+        w, C = self.guidance_scale, sample.shape[1]
+        x = self.scheduler.scale_model_input(sample, t).to(self.unet.dtype)
+        if w == 1:
+            output = self._network(x, t, class_labels).to(sample.dtype)
+        elif w == 0:
+            output = self._network(x, t, null_labels).to(sample.dtype)
+        else:
+            labels = torch.cat([null_labels, class_labels])  # (2B,)
+            unconditional, conditional = self._network(torch.cat([x, x]), t, labels).to(sample.dtype).chunk(2)
+            eps_u, eps_c = unconditional[:, :C], conditional[:, :C]
+            output = torch.cat([eps_u + w * (eps_c - eps_u), conditional[:, C:]], dim=1)
+
+        return output if self.scheduler.config.get("variance_type") in LEARNED_VARIANCES else output[:, :C]
+
+    def _network(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """One call, checked: a scheduler would broadcast wrong channels without complaint."""
+        output = self.unet(x, t, class_labels=class_labels, return_dict=False)[0]
+        C, variance_type = x.shape[1], self.scheduler.config.get("variance_type")
+        allowed = (2 * C,) if variance_type in LEARNED_VARIANCES else (C, 2 * C)
+        if output.shape[1] not in allowed:
+            raise ValueError(
+                f"the network returned {output.shape[1]} channels for {C} input channels; a scheduler with "
+                f"variance_type={variance_type!r} needs {' or '.join(map(str, allowed))}"
+            )
+        return output
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: ClassLabels | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[int] | None = None,
+        generator: Generators | None = None,
+        sample: torch.Tensor | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_trajectory: bool = False,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+    ) -> GuidedDiffusionPipelineOutput | tuple:
+        """Draws a batch of images.
+
+        Args:
+            batch_size: Number of images, B. Taken from `class_labels`, `generator` or `sample` if they have a length;
+                1 if none does.
+            class_labels: One label for all images or one per image, each a class id or a name of `id2label`. None
+                draws from the null class.
+            guidance_scale: w. 1 follows the condition and 0 ignores it, both with one network call per step.
+            num_inference_steps: Number of noise levels, N.
+            timesteps: Train timesteps to use instead, decreasing.
+            generator: One for the batch, or a list with one per image; with a list no image depends on the others.
+            sample: Initial standard normal noise, (B, C, H, W); drawn if None.
+            eta: Passed to schedulers that have it, as `DDIMScheduler`; the others ignore it.
+            output_type: "pil", or "np" (B, H, W, C), or "pt" (B, C, H, W), the last two in [0, 1].
+            return_dict: Return a `GuidedDiffusionPipelineOutput` rather than a tuple.
+            return_trajectory: Also return the states on the way.
+            callback_on_step_end: Called as `callback(pipeline, i, t, tensors)` after each entry of the schedule; it
+                returns the dict of tensors to go on with, and may set `pipeline._interrupt = True`.
+            callback_on_step_end_tensor_inputs: Names of those tensors, of "sample" and "class_labels".
+
+        Returns:
+            The images, and the trajectory if it was asked for.
+
+        Raises:
+            ValueError: If the arguments disagree on B, a label is unknown, guidance is asked of a model without a null
+                label, or the output type does not exist for this number of channels.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {sorted(unknown)}")
+        self._check_output_type(output_type)
+        self._check_guidance(class_labels, guidance_scale)
+        batch_size = self._run_size(batch_size, class_labels, generator, sample)
+
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        null_labels = self._label_tensor(self.null_label, batch_size)
+        if class_labels is None:
+            class_labels = null_labels
+        else:
+            class_labels = self._label_tensor(self.label_ids(class_labels), batch_size)
+
+        num_levels = self._set_timesteps(num_inference_steps, timesteps)
+        schedule = self.scheduler.timesteps
+        self._num_timesteps = len(schedule)
+        num_warmup_steps = len(schedule) - num_levels * self.scheduler.order
+
+        sample = self._initial_sample(batch_size, generator, sample)
+        offered = {"generator": generator, "eta": eta}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in offered.items() if name in accepted}
+
+        states, predictions = [sample], []
+        with self.progress_bar(total=num_levels) as progress_bar:
+            for i, t in enumerate(schedule):
+                if self.interrupt:
+                    continue
+                model_output = self.guided_prediction(sample, t, class_labels, null_labels)
+                step = self.scheduler.step(model_output, t, sample, **step_kwargs)
+                sample = step.prev_sample
+
+                if callback_on_step_end is not None:
+                    tensors = {"sample": sample, "class_labels": class_labels}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors = callback_on_step_end(self, i, t, tensors)
+                    sample = tensors.pop("sample", sample)
+                    class_labels = tensors.pop("class_labels", class_labels)
+
+                if return_trajectory:
+                    states.append(sample.cpu())
+                    if "pred_original_sample" in step:  # the schedulers that know x̂_0 say so
+                        predictions.append(step.pred_original_sample.cpu())
+
+                if i == len(schedule) - 1 or (i + 1 > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
+        images = self.image_processor.postprocess(sample, output_type=output_type)
+        self.maybe_free_model_hooks()
+
+        trajectory = _trajectory(states, predictions, schedule) if return_trajectory else None
+        if not return_dict:
+            return (images, trajectory) if return_trajectory else (images,)
+        return GuidedDiffusionPipelineOutput(images=images, trajectory=trajectory)
+
+    def _label_tensor(self, label_ids: int | list[int] | None, batch_size: int) -> torch.Tensor | None:
+        """(B,) class ids on the device of the network, from one for all or one each."""
+        if label_ids is None:
+            return None
+        return torch.tensor(label_ids, device=self._execution_device).reshape(-1).expand(batch_size)
+
+
+def _is_single(class_labels: ClassLabels | None) -> bool:
+    """Whether one label stands for the whole batch."""
+    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+        return class_labels.ndim == 0
+    return isinstance(class_labels, str) or not isinstance(class_labels, Sequence)
+
+
+def _trajectory(states: list[torch.Tensor], predictions: list[torch.Tensor], schedule: torch.Tensor) -> Trajectory:
+    steps = len(states) - 1
+    return Trajectory(
+        samples=torch.stack([state.cpu() for state in states]),  # (N + 1, B, C, H, W)
+        predictions=torch.stack(predictions) if steps > 0 and len(predictions) == steps else None,  # (N, B, C, H, W)
+        timesteps=schedule[:steps].cpu(),
+    )
