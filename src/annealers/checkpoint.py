@@ -33,8 +33,8 @@ class Checkpoints:
 
     Weights and EMA are safetensors. Optimizer, learning-rate and random states are PyTorch files, which Accelerate
     opens with `weights_only=True`, so that loading executes nothing (DeepSpeed opens its own files without that
-    protection: resume from folders you trust). The number of processes may change between saving and loading; a process
-    that has no random state saved keeps its own, so a run that uses torch's must reseed it each step (`step_seed`).
+    protection: resume from folders you trust). The number of processes may change between saving and loading; one that
+    finds no random state keeps its own, so a run that draws from torch's generators must reseed them (`step_seed`).
 
     Args:
         folder: Where the checkpoints are; made if needed. All processes must see it.
@@ -122,8 +122,8 @@ class Checkpoints:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 ema.load_state_dict({"updates": int(file.metadata()["updates"]), "tensors": tensors})
         self.accelerator.load_state(str(path))
-        # The micro-step counter of gradient accumulation: Accelerate restores it, and only on the processes that have a
-        # random state saved. A checkpoint lies between optimizer steps, so it starts anew on all of them.
+        # The micro-step counter of gradient accumulation: Accelerate restores it, but only on processes that find a
+        # random state. A checkpoint lies between optimizer steps, so it starts anew on all of them.
         self.accelerator.step = 0
         return json.loads((path / _RECORD).read_text())
 
