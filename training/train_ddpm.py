@@ -35,9 +35,13 @@ class DDPMConfig(RunConfig):
     """Options of a denoising diffusion model; the defaults train 8 x 8 digits on a CPU."""
 
     output_dir: str = option("runs/ddpm", "Folder of the run: pipeline, samples, metrics, checkpoints.")
-    max_steps: int = option(2000, "Optimizer steps.")
+    max_steps: int = option(1500, "Optimizer steps.")
+    batch_size: int = option(64, "Images per optimizer step, over all processes and accumulation steps.")
+    learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
+    lr_warmup_steps: int = option(50, "Optimizer steps of linear warm-up.")
+    ema_decay: float = option(0.995, "Decay of the exponential moving average of the weights.")
 
-    block_out_channels: list[int] = option([64, 128], "Channels of each resolution level of the UNet.")
+    block_out_channels: list[int] = option([32, 64], "Channels of each resolution level of the UNet.")
     attention_levels: list[int] = option([1], "Levels with self-attention, 0 being the full resolution.")
     layers_per_block: int = option(1, "Residual blocks per level.")
     dropout: float = option(0.0, "Dropout in the residual blocks.")
@@ -49,7 +53,9 @@ class DDPMConfig(RunConfig):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
         "linear", "Noise schedule."
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "What the network predicts.")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
+        "v_prediction", "What the network predicts."
+    )
     min_snr_gamma: float | None = option(None, "Gamma of min-SNR weighting; unset, L_simple.")
     learned_variance: bool = option(False, "Learn the reverse variance with the hybrid loss.")
     vlb_weight: float = option(0.001, "Weight of the variational bound in the hybrid loss.")
@@ -103,12 +109,6 @@ class DDPMTask(Task):
 
     config: DDPMConfig
     tags = ("ddpm",)
-
-    @property
-    def example(self) -> str | None:
-        if self.id2label is None:
-            return "images = pipeline(batch_size=4).images"
-        return f"images = pipeline(class_labels={list(self.id2label.values())[:4]}, guidance_scale=2.0).images"
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -219,6 +219,11 @@ class DDPMTask(Task):
         return GuidedDiffusionPipeline(
             objective.network, objective.scheduler, id2label=self.id2label, null_label=self.null_label
         )
+
+    def example(self) -> str:
+        if self.id2label is None:
+            return "images = pipeline(batch_size=4).images"
+        return f"images = pipeline(class_labels={list(self.id2label.values())[:4]}).images"
 
     def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:
         """A row of samples for each class, or a square without classes; each image has a generator of its own."""

@@ -55,7 +55,6 @@ class Task(ABC):
 
     pipeline_tag = "unconditional-image-generation"
     tags: tuple[str, ...] = ()
-    example: str | None = None  # the line of the card that makes images
 
     def __init__(self, config: RunConfig, data: ImageData, randomness: PositionalRandomness) -> None:
         self.config, self.data, self.randomness = config, data, randomness
@@ -79,6 +78,10 @@ class Task(ABC):
     @abstractmethod
     def pipeline(self, objective: nn.Module) -> DiffusionPipeline:
         """The pipeline around a trained objective."""
+
+    @abstractmethod
+    def example(self) -> str:
+        """The line of Python that makes `images` with the `pipeline`, for the card."""
 
 
 class Run:
@@ -299,7 +302,7 @@ class Run:
         }
         (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
         repo_id = (self.config.hub_model_id or self.folder.name) if self.config.push_to_hub else None
-        card = model_card(record, repo_id, example=self.task.example)
+        card = model_card(record, repo_id, example=self.task.example())
         with whole_folder(folder) as unfinished:
             pipeline.save_pretrained(unfinished)
             (unfinished / "samples.png").write_bytes((self.folder / "samples.png").read_bytes())
