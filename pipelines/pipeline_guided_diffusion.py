@@ -35,7 +35,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_CHANNELS = (1, 3)
 LEARNED_VARIANCES = ("learned", "learned_range")
 
@@ -63,7 +63,7 @@ class GuidedDiffusionPipelineOutput(BaseOutput):
     """What the pipeline returns.
 
     Args:
-        images: A list of B PIL images, or an array (B, H, W, C), or a tensor (B, C, H, W), both in [0, 1].
+        images: A list of B PIL images, or an array (B, H, W, C) or tensor (B, C, H, W) in [0, 1], or the final state.
         trajectory: The states on the way, if they were asked for.
     """
 
@@ -102,7 +102,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
     __module__ = "annealers"  # the name that model_index.json records
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ["sample", "class_labels"]
+    _callback_tensor_inputs = ["latents", "class_labels"]
 
     def __init__(
         self,
@@ -181,14 +181,14 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         batch_size: int | None,
         class_labels: ClassLabels | None,
         generator: Generators | None,
-        sample: torch.Tensor | None,
+        latents: torch.Tensor | None,
     ) -> int:
         """B, which every argument that has a length must agree on; 1 if none has."""
         stated = {
             "batch_size": batch_size,
             "class_labels": None if _is_single(class_labels) else len(class_labels),
             "generator": len(generator) if isinstance(generator, list) else None,
-            "sample": None if sample is None else len(sample),
+            "latents": None if latents is None else len(latents),
         }
         stated = {name: size for name, size in stated.items() if size is not None}
         if len(set(stated.values())) > 1 or not all(size > 0 for size in stated.values()):
@@ -213,20 +213,20 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             raise ValueError(f"a PIL image has 1 or 3 channels, this network has {channels}: use output_type='pt'")
 
     def _initial_sample(
-        self, batch_size: int, generator: Generators | None, sample: torch.Tensor | None
+        self, batch_size: int, generator: Generators | None, latents: torch.Tensor | None
     ) -> torch.Tensor:
         """Unit noise times `init_noise_sigma`; a half-precision network is still sampled in float32."""
         channels, size = self.unet.config.in_channels, self.unet.config.sample_size
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        if sample is None:
+        device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
+        if latents is None:
             if size is None:
-                raise ValueError("unet.config.sample_size is None: pass the initial noise as sample=(B, C, H, W)")
+                raise ValueError("unet.config.sample_size is None: pass the initial noise as latents=(B, C, H, W)")
             height, width = (size, size) if isinstance(size, int) else size
             shape = (batch_size, channels, height, width)
-            sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
-        if sample.ndim != 4 or sample.shape[1] != channels:
-            raise ValueError(f"sample must have the shape (B, {channels}, H, W), got {tuple(sample.shape)}")
-        return sample.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must have the shape (B, {channels}, H, W), got {tuple(latents.shape)}")
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
     def _set_timesteps(self, num_inference_steps: int, timesteps: Sequence[int] | None) -> int:
         """Sets the scheduler up and returns the number of noise levels; `order` entries of its schedule make one."""
@@ -294,18 +294,18 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         num_inference_steps: int = 50,
         timesteps: Sequence[int] | None = None,
         generator: Generators | None = None,
-        sample: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
         eta: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
         return_trajectory: bool = False,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> GuidedDiffusionPipelineOutput | tuple:
         """Draws a batch of images.
 
         Args:
-            batch_size: Number of images, B. Taken from `class_labels`, `generator` or `sample` if they have a length;
+            batch_size: Number of images, B. Taken from `class_labels`, `generator` or `latents` if they have a length;
                 1 if none does.
             class_labels: One label for all images or one per image, each a class id or a name of `id2label`. None
                 draws from the null class.
@@ -313,14 +313,14 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             num_inference_steps: Number of noise levels, N.
             timesteps: Train timesteps to use instead, decreasing.
             generator: One for the batch, or a list with one per image; with a list no image depends on the others.
-            sample: Initial standard normal noise, (B, C, H, W); drawn if None.
+            latents: Initial standard normal noise, (B, C, H, W), by Diffusers' name for the state; drawn if None.
             eta: Passed to schedulers that have it, as `DDIMScheduler`; the others ignore it.
-            output_type: "pil", or "np" (B, H, W, C), or "pt" (B, C, H, W), the last two in [0, 1].
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", the state itself.
             return_dict: Return a `GuidedDiffusionPipelineOutput` rather than a tuple.
             return_trajectory: Also return the states on the way.
             callback_on_step_end: Called as `callback(pipeline, i, t, tensors)` after each entry of the schedule; it
                 returns the dict of tensors to go on with, and may set `pipeline._interrupt = True`.
-            callback_on_step_end_tensor_inputs: Names of those tensors, of "sample" and "class_labels".
+            callback_on_step_end_tensor_inputs: Names of those tensors, of "latents" and "class_labels".
 
         Returns:
             The images, and the trajectory if it was asked for.
@@ -336,7 +336,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {sorted(unknown)}")
         self._check_output_type(output_type)
         self._check_guidance(class_labels, guidance_scale)
-        batch_size = self._run_size(batch_size, class_labels, generator, sample)
+        batch_size = self._run_size(batch_size, class_labels, generator, latents)
 
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -352,7 +352,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         self._num_timesteps = len(schedule)
         num_warmup_steps = len(schedule) - num_levels * self.scheduler.order
 
-        sample = self._initial_sample(batch_size, generator, sample)
+        sample = self._initial_sample(batch_size, generator, latents)
         offered = {"generator": generator, "eta": eta}
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {name: value for name, value in offered.items() if name in accepted}
@@ -367,10 +367,10 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
                 sample = step.prev_sample
 
                 if callback_on_step_end is not None:
-                    tensors = {"sample": sample, "class_labels": class_labels}
+                    tensors = {"latents": sample, "class_labels": class_labels}
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     tensors = callback_on_step_end(self, i, t, tensors)
-                    sample = tensors.pop("sample", sample)
+                    sample = tensors.pop("latents", sample)
                     class_labels = tensors.pop("class_labels", class_labels)
 
                 if return_trajectory:

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_pipelines import guided_images, guided_pipeline, images_of_diffusers, pipeline_of_diffusers
+from saved_pipelines import guided_images, guided_pipeline, images_of_diffusers, pipeline_of_diffusers
 
 import annealers
 from annealers.hub import export

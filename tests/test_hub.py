@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
-from tiny_pipelines import guided_images, guided_pipeline, images_of_diffusers, pipeline_of_diffusers
+from saved_pipelines import guided_images, guided_pipeline, images_of_diffusers, pipeline_of_diffusers
 
 from annealers.hub import model_card, push_folder, short_card
 

@@ -77,7 +77,7 @@ def seed(number=0):
 
 def states(pipeline, **arguments):
     """The final states in [-1, 1], before they become images."""
-    return pipeline(return_trajectory=True, output_type="pt", **arguments).trajectory.samples[-1]
+    return pipeline(output_type="latent", **arguments).images
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_the_learned_variance_is_that_of_the_condition_and_is_never_extrapolated
     scheduler = Recorder(variance_type="learned_range", **NO_CLIP)
     pipeline = pipeline_of([0.5, -0.25], scheduler=scheduler, **network)
     given = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=seed())
-    pipeline(class_labels=[0, 0], guidance_scale=w, timesteps=[999], sample=given)
+    pipeline(class_labels=[0, 0], guidance_scale=w, timesteps=[999], latents=given)
     prediction, variances = scheduler.seen.chunk(2, dim=1)
     torch.testing.assert_close(variances, torch.full_like(given, variance))
     expected = pipeline_of([-0.25 + w * 0.75]).unet(given, 999)[0]
@@ -262,7 +262,7 @@ def test_explicit_timesteps_are_the_ones_used():
 
 def test_eta_reaches_the_schedulers_that_have_it():
     def ends(eta, number):
-        return states(pipeline_of([0.3]), eta=eta, generator=seed(number), num_inference_steps=5, sample=noise)
+        return states(pipeline_of([0.3]), eta=eta, generator=seed(number), num_inference_steps=5, latents=noise)
 
     noise = torch.randn(1, 1, 8, 8, generator=seed(7), dtype=torch.float64)
     assert torch.equal(ends(0.0, 1), ends(0.0, 2))
@@ -272,7 +272,7 @@ def test_eta_reaches_the_schedulers_that_have_it():
 def test_a_given_sample_is_unit_noise_and_is_scaled_like_drawn_noise():
     pipeline = pipeline_of([0.3], scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading"))
     noise = torch.randn(2, 1, 8, 8, generator=seed(), dtype=torch.float64)
-    torch.testing.assert_close(states(pipeline, sample=noise), states(pipeline, batch_size=2, generator=seed()))
+    torch.testing.assert_close(states(pipeline, latents=noise), states(pipeline, batch_size=2, generator=seed()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -291,7 +291,7 @@ def test_a_half_precision_network_is_sampled_in_float32_from_the_same_noise(smal
 def test_the_trajectory_runs_from_the_noise_to_the_image_with_the_prediction_of_each_step():
     pipeline = pipeline_of([0.3])
     noise = torch.randn(2, 1, 8, 8, generator=seed(), dtype=torch.float64)
-    images, trajectory = pipeline(sample=noise, num_inference_steps=5, output_type="pt", return_trajectory=True)[:2]
+    images, trajectory = pipeline(latents=noise, num_inference_steps=5, output_type="pt", return_trajectory=True)[:2]
     assert trajectory.samples.shape == (6, 2, 1, 8, 8) and trajectory.predictions.shape == (5, 2, 1, 8, 8)
     torch.testing.assert_close(trajectory.samples[0], noise)
     torch.testing.assert_close((trajectory.samples[-1] / 2 + 0.5).clamp(0, 1), images)
@@ -342,12 +342,12 @@ def test_a_callback_is_called_after_every_entry_and_its_tensors_are_gone_on_with
 
     def callback(pipeline, i, t, tensors):
         calls.append((i, int(t), set(tensors), pipeline.num_timesteps, pipeline.guidance_scale))
-        return {"sample": torch.full_like(tensors["sample"], 0.5)}
+        return {"latents": torch.full_like(tensors["latents"], 0.5)}
 
     pipeline = pipeline_of([0.3], scheduler=diffusers.HeunDiscreteScheduler(timestep_spacing="leading"))
     end = states(pipeline, num_inference_steps=3, callback_on_step_end=callback)
     schedule = pipeline.scheduler.timesteps.tolist()
-    assert calls == [(i, int(t), {"sample"}, 5, 1.0) for i, t in enumerate(schedule)]
+    assert calls == [(i, int(t), {"latents"}, 5, 1.0) for i, t in enumerate(schedule)]
     assert torch.equal(end, torch.full_like(end, 0.5))
 
 
@@ -381,11 +381,11 @@ def test_an_interrupt_stops_the_network_and_the_next_run_starts_afresh():
 
 def test_a_callback_object_names_its_own_tensors():
     class Doubling(PipelineCallback):
-        tensor_inputs = ["sample", "class_labels"]
+        tensor_inputs = ["latents", "class_labels"]
 
         def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
-            assert set(callback_kwargs) == {"sample", "class_labels"}
-            return {"sample": 2 * callback_kwargs["sample"]}
+            assert set(callback_kwargs) == {"latents", "class_labels"}
+            return {"latents": 2 * callback_kwargs["latents"]}
 
     pipeline = pipeline_of([0.3])
     once = states(pipeline, num_inference_steps=1, generator=seed())
@@ -442,7 +442,7 @@ def test_a_name_of_two_classes_is_refused(small_unet):
         ({"batch_size": 3}, 3),
         ({"class_labels": 0, "batch_size": 3}, 3),
         ({"class_labels": "dog", "generator": [seed(0), seed(1)]}, 2),
-        ({"class_labels": [0, 1], "batch_size": 2, "sample": torch.zeros(2, 1, 8, 8)}, 2),
+        ({"class_labels": [0, 1], "batch_size": 2, "latents": torch.zeros(2, 1, 8, 8)}, 2),
     ],
 )
 def test_the_batch_size_follows_from_what_has_a_length(small_pipeline, arguments, size):
@@ -453,13 +453,13 @@ def test_the_batch_size_follows_from_what_has_a_length(small_pipeline, arguments
     ("arguments", "message"),
     [
         ({"class_labels": [0, 1], "batch_size": 3}, "{'batch_size': 3, 'class_labels': 2}"),
-        ({"generator": [seed()], "sample": torch.zeros(2, 1, 8, 8)}, "{'generator': 1, 'sample': 2}"),
+        ({"generator": [seed()], "latents": torch.zeros(2, 1, 8, 8)}, "{'generator': 1, 'latents': 2}"),
         ({"batch_size": 0}, "{'batch_size': 0}"),
         ({"class_labels": []}, "{'class_labels': 0}"),
-        ({"sample": torch.zeros(2, 3, 8, 8)}, r"\(B, 1, H, W\), got \(2, 3, 8, 8\)"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"\(B, 1, H, W\), got \(2, 3, 8, 8\)"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
-        ({"output_type": "latent"}, "got 'latent'"),
-        ({"callback_on_step_end_tensor_inputs": ["sample", "latents"]}, r"got \['latents'\]"),
+        ({"output_type": "jpeg"}, "got 'jpeg'"),
+        ({"callback_on_step_end_tensor_inputs": ["latents", "sample"]}, r"got \['sample'\]"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(small_pipeline, arguments, message):
@@ -493,7 +493,7 @@ def test_a_network_without_a_size_needs_the_initial_noise():
     pipeline = pipeline_of([0.3], sample_size=None)
     with pytest.raises(ValueError, match="sample_size is None"):
         pipeline()
-    assert pipeline(sample=torch.zeros(1, 1, 4, 6), num_inference_steps=1).images[0].size == (6, 4)
+    assert pipeline(latents=torch.zeros(1, 1, 4, 6), num_inference_steps=1).images[0].size == (6, 4)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ sys.meta_path.insert(0, NoAnnealers())
 import torch  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
-from tiny_pipelines import guided_images, images_of_diffusers  # noqa: E402
+from saved_pipelines import guided_images, images_of_diffusers  # noqa: E402
 
 
 class Kept(logging.Handler):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
-from tiny_pipelines import guided_images, guided_pipeline, images_of_diffusers, pipeline_of_diffusers
+from saved_pipelines import guided_images, guided_pipeline, images_of_diffusers, pipeline_of_diffusers
 
 from annealers.hub import model_card, push_folder
 from annealers.pipelines import AnnealersPipeline, GuidedDiffusionPipeline
