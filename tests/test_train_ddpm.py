@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import FakeHub
 from safetensors.torch import load_file
 
 from annealers import GuidedDiffusionPipeline
@@ -149,7 +150,8 @@ def test_the_pipeline_of_a_run_draws_classes_by_name(one_process):
 def test_a_run_records_its_options_command_and_metrics(one_process):
     record = json.loads((one_process / "run.json").read_text())
     assert record["config"]["batch_size"] == 16
-    assert record["metrics"]["vlb_bits_per_dim"] > 0
+    (bound,) = [metric for metric in record["metrics"] if metric["name"] == "vlb_bits_per_dim"]
+    assert bound["value"] > 0 and bound["n"] == 20
     assert json.loads((one_process / "config.json").read_text()) == record["config"]
 
 
@@ -158,6 +160,40 @@ def test_a_token_on_the_command_line_is_written_nowhere(tmp_path):
     main(arguments(tmp_path, "--max_steps", 1, "--hub_token", secret))
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+def test_a_run_pushes_exactly_its_pipeline_with_its_card_and_token(tmp_path):
+    with FakeHub() as hub:
+        options = ["--push_to_hub", "--hub_model_id", "me/digits", "--hub-private", "--hub_token", hub.token]
+        command = [sys.executable, ROOT / "training" / "train_ddpm.py", *arguments(tmp_path / "run", *options)]
+        done = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert hub.repositories["me/digits"].private
+    assert {request.token for request in hub.requests} == {hub.token}
+    pushed = {name for name in hub.files("me/digits") if name != ".gitattributes"}
+    saved = {
+        str(path.relative_to(tmp_path / "run" / "pipeline")) for path in (tmp_path / "run" / "pipeline").rglob("*.*")
+    }
+    assert (
+        pushed
+        == saved
+        == {
+            "README.md",
+            "model_index.json",
+            "samples.png",
+            "scheduler/scheduler_config.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+        }
+    )
+    card = hub.files("me/digits")["README.md"].decode()
+    assert "me/digits" in card and "--max_steps 6" in card and "vlb_bits_per_dim" in card and hub.token not in card
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("annealers.run.is_wandb_available", lambda: False)
+    with pytest.raises(ValueError, match="wandb.*not installed"):
+        main(arguments(tmp_path, "--report_to", "wandb"))
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(tmp_path):
@@ -174,14 +210,17 @@ def test_options_come_from_a_file_and_the_command_line_wins(tmp_path):
     )
 
 
-@pytest.mark.parametrize("text", ["no_such_option: 1", "max_steps: many", "just words"])
-def test_a_wrong_option_in_the_file_ends_with_a_usage_message(tmp_path, text, capsys):
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("no_such_option: 1", "no_such_option"), ("max_steps: many", "many"), ("just words", "must hold")],
+)
+def test_a_wrong_option_in_the_file_ends_with_a_usage_message(tmp_path, text, named, capsys):
     from annealers.configuration import parse_config
 
     (tmp_path / "options.yaml").write_text(text)
     with pytest.raises(SystemExit):
         parse_config(DDPMConfig, ["--config", str(tmp_path / "options.yaml")])
-    assert text.split(":")[0].split()[0] in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class DDPMConfig(RunConfig):
 
     num_train_timesteps: int = option(1000, "Noise levels.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
-        "linear", "Noise schedule."
+        "squaredcos_cap_v2", "Noise schedule."
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
         "v_prediction", "What the network predicts."

@@ -81,7 +81,7 @@ class RunConfig(DataConfig):
     validation_samples: int = option(1024, "Held-out images per validation.")
     resume: str | None = option(None, "Checkpoint folder to continue from, or 'latest' of the output folder.")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option(
-        "tensorboard", "Tracker of the curves; metrics.jsonl is written in any case."
+        "tensorboard", "Tracker of the curves, 'all' being all installed ones; metrics.jsonl is written in any case."
     )
 
     push_to_hub: bool = option(False, "Upload the pipeline to the Hub at the end.")

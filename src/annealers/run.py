@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, is_wandb_available
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -95,12 +95,11 @@ class Run:
     def __init__(self, config: RunConfig, task_class: type[Task]) -> None:
         self.config = config
         self.folder = Path(config.output_dir)
-        trackers = {"all": ["tensorboard", "wandb"], "none": []}.get(config.report_to, [config.report_to])
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             step_scheduler_with_optimizer=False,  # the schedule counts optimizer steps, on any number of processes
-            log_with=trackers or None,
+            log_with=trackers(config.report_to),
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "logs")),
         )
         self.is_main = self.accelerator.is_main_process
@@ -317,6 +316,15 @@ class Run:
         values = self.metrics.last("validation/")
         n = values.pop("images", 0)
         return [{"name": name, "value": value, "split": "validation", "n": int(n)} for name, value in values.items()]
+
+
+def trackers(report_to: str) -> list[str] | None:
+    """The trackers to use; Accelerate would leave out one that is not installed without a word."""
+    if report_to == "wandb" and not is_wandb_available():
+        raise ValueError("report_to='wandb' needs Weights & Biases, which is not installed: pip install wandb")
+    if report_to == "all":
+        return ["tensorboard", "wandb"] if is_wandb_available() else ["tensorboard"]
+    return None if report_to == "none" else [report_to]
 
 
 @contextmanager
