@@ -2,6 +2,7 @@ r"""Losses and likelihood terms of diffusion models: pure functions, one number 
 
     simple_loss               L_simple = ||prediction - target||^2 / d                Ho et al. 2020, Eq. 14
     min_snr_weight            its weight, by prediction type                          Hang et al. 2023, Sec. 3.4
+    normal_kl                 KL of two normal laws, the parts of the bound
     variational_bound_term    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)),
                               L_0 = -log p(x_0 | x_1) with the 8-bit decoder          Ho et al. 2020, Eqs. 5, 13
     prior_bound_term          L_T = KL(q(x_T | x_0) || N(0, I))                       Ho et al. 2020, Eq. 5
@@ -19,8 +20,6 @@ import math
 from typing import Protocol
 
 import torch
-
-LEVELS = 256
 
 
 class ReverseChain(Protocol):
@@ -41,37 +40,49 @@ class ReverseChain(Protocol):
 
 def mean_flat(values: torch.Tensor) -> torch.Tensor:
     """Means over all axes but the first, (B, *) -> (B,), in at least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32)).reshape(len(values), -1).mean(dim=1)
+    return _at_least_float32(values).reshape(len(values), math.prod(values.shape[1:])).mean(dim=1)
 
 
 def simple_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L_simple, (B, *) and (B, *) -> (B,)."""
+    """L_simple, (B, *) and (B, *) -> (B,); half precision is compared in float32."""
     if prediction.shape != target.shape:
         raise ValueError(f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}")
-    working = torch.promote_types(prediction.dtype, torch.float32)
-    return mean_flat((prediction.to(working) - target.to(working)) ** 2)
+    return mean_flat((_at_least_float32(prediction) - _at_least_float32(target)) ** 2)
 
 
 def min_snr_weight(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
     """Weight of `simple_loss` that makes it min(snr, gamma) ||x_0 - x̂_0||^2 / d, the same for every prediction type.
 
+    Where alpha^2 + sigma^2 = 1, the squared error of each prediction is that of x_0 times
+
+        sample  1        epsilon  snr        v_prediction  snr + 1        score  snr / sigma^2 = snr (snr + 1)
+
+    so "score" has the weight of "epsilon" times sigma^2; min(snr, gamma) / snr has the limit 1 at snr = 0.
+
     Args:
-        snr: alpha_t^2 / sigma_t^2, (B,); may be 0 except for "score".
-        gamma: Largest weight of the error in x_0; 5 in the paper.
-        prediction_type: What the network predicts; the error of each is that of x_0 times a factor:
-            eps: alpha^2 / sigma^2, v: 1 / sigma^2 = snr + 1, score: alpha^2 / sigma^4 = snr (snr + 1), where
-            alpha^2 + sigma^2 = 1.
+        snr: alpha_t^2 / sigma_t^2, (B,), >= 0.
+        gamma: Largest weight of the error in x_0, > 0; 5 in the paper.
+        prediction_type: What the network predicts.
+
+    Returns:
+        One weight per sample, (B,).
+
+    Raises:
+        ValueError: If gamma is not positive or the prediction type is unknown.
     """
-    capped = snr.clamp(max=gamma)
+    if not gamma > 0:
+        raise ValueError(f"need gamma > 0, got {gamma}")
     if prediction_type == "sample":
-        return capped
-    if prediction_type == "epsilon":  # min(snr, gamma) / snr, with its limit 1 at snr = 0
+        return snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
         return gamma / snr.clamp(min=gamma)
     if prediction_type == "v_prediction":
-        return capped / (snr + 1)
+        return snr.clamp(max=gamma) / (snr + 1)
     if prediction_type == "score":
-        return capped / (snr * (snr + 1))
-    raise ValueError(f"no min-SNR weight for prediction_type={prediction_type!r}")
+        return gamma / snr.clamp(min=gamma) / (snr + 1)
+    raise ValueError(
+        f"prediction_type must be 'sample', 'epsilon', 'v_prediction' or 'score', got {prediction_type!r}"
+    )
 
 
 def normal_kl(
@@ -88,34 +99,37 @@ def normal_kl(
 
 
 def discretized_gaussian_log_likelihood(
-    x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, levels: int = LEVELS
+    x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, bins: int = 256
 ) -> torch.Tensor:
-    """Log-probability in nats of the level of x under N(mean, scale^2), elementwise (Ho et al. 2020, Eq. 13).
+    """Log-probability in nats of the bin of x under N(mean, scale^2), elementwise (Ho et al. 2020, Eq. 13).
 
-    Each of the `levels` values on [-1, 1] owns the interval of width 2 / (levels - 1) around it, and the outer two
-    reach to infinity. The difference of the two distribution functions is taken on the side where both are small, in
-    logarithms, so that it neither vanishes nor loses its gradient far from the mean.
+    Each of the `bins` values on [-1, 1] owns the interval of width 2 / (bins - 1) around it, and the outer two reach
+    to infinity. The difference of the two distribution functions Phi is taken in logarithms and in the lower tail,
+
+        log(Phi(b) - Phi(a)) = log Phi(b) + log(1 - exp(log Phi(a) - log Phi(b))),
+
+    so that it neither vanishes nor loses its gradient far from the mean.
 
     Args:
-        x: Images scaled to [-1, 1], (B, *).
+        x: Values on the grid of bins, (B, *).
         mean, log_scale: Of the Gaussian, broadcastable to x.
-        levels: Number of grey levels.
+        bins: Number of values, 256 for 8-bit images.
+
+    Returns:
+        One logarithm per value, (B, *), in at least float32.
     """
-    half_width = 1 / (levels - 1)
-    inverse_scale = (-log_scale).exp()
-    upper = (x - mean + half_width) * inverse_scale
-    lower = (x - mean - half_width) * inverse_scale
-    # P(lower < z < upper) = P(-upper < z < -lower): take the one whose ends are negative, or nearer to it.
-    flip = upper + lower > 0
-    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    lowest, highest = x <= -1 + half_width, x >= 1 - half_width
-    log_upper = torch.special.log_ndtr(upper)
-    # log(e^a - e^b) = a + log(1 - e^(b - a))
-    gap = (torch.special.log_ndtr(lower) - log_upper).clamp(max=-torch.finfo(x.dtype).tiny)
-    inside = log_upper + torch.log(-torch.expm1(gap))
-    below = torch.special.log_ndtr((x - mean + half_width) * inverse_scale)
-    above = torch.special.log_ndtr(-(x - mean - half_width) * inverse_scale)
-    return torch.where(lowest, below, torch.where(highest, above, inside))
+    x, mean, log_scale = _at_least_float32(x), _at_least_float32(mean), _at_least_float32(log_scale)
+    half_width = 1 / (bins - 1)
+    upper = (x - mean + half_width) * (-log_scale).exp()
+    lower = (x - mean - half_width) * (-log_scale).exp()
+    below, above = _log_normal_cdf(upper), _log_normal_cdf(-lower)  # the outer bins
+
+    mirrored = upper + lower > 0  # P(lower < z < upper) = P(-upper < z < -lower)
+    a, b = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    log_b = _log_normal_cdf(b)
+    gap = (_log_normal_cdf(a) - log_b).clamp(max=-torch.finfo(log_b.dtype).tiny)
+    inside = log_b + torch.log(-torch.expm1(gap))
+    return torch.where(x < -1 + half_width, below, torch.where(x > 1 - half_width, above, inside))
 
 
 def variational_bound_term(
@@ -139,22 +153,20 @@ def variational_bound_term(
     """
     mean, log_variance, _ = scheduler.reverse_law(model_output, sample, timesteps)
     true_mean, true_variance = scheduler.posterior(original_samples, sample, timesteps)
-    to_the_data = timesteps == 0
-    # At t = 0 the posterior is a point; its variance is replaced, for the term is not used there.
-    true_variance = torch.where(true_variance > 0, true_variance, torch.ones_like(true_variance))
-    divergence = mean_flat(normal_kl(true_mean, true_variance.log(), mean, log_variance))
+    # At t = 0 the posterior is a point: its divergence is infinite, not used, and kept finite for the gradient.
+    true_log_variance = torch.where(true_variance > 0, true_variance.log(), log_variance.detach())
+    divergence = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
     decoder = -mean_flat(discretized_gaussian_log_likelihood(original_samples, mean, 0.5 * log_variance))
-    return torch.where(to_the_data, decoder, divergence) / math.log(2)
+    return torch.where(timesteps == 0, decoder, divergence) / math.log(2)
 
 
 def prior_bound_term(scheduler: ReverseChain, original_samples: torch.Tensor) -> torch.Tensor:
-    """L_T in bits per dimension: what the last level still tells of x_0, (B,)."""
-    last = torch.full((len(original_samples),), len(scheduler) - 1, device=original_samples.device)
-    alpha, sigma = scheduler.signal_and_noise(last, dtype=original_samples.dtype)
-    shape = (-1,) + (1,) * (original_samples.ndim - 1)
-    zero = torch.zeros((), dtype=original_samples.dtype, device=original_samples.device)
-    divergence = normal_kl(alpha.reshape(shape) * original_samples, 2 * sigma.log().reshape(shape), zero, zero)
-    return mean_flat(divergence) / math.log(2)
+    """L_T in bits per dimension: what the last level still tells of x_0, (B, *) -> (B,)."""
+    x_0 = _at_least_float32(original_samples)
+    last = torch.tensor(len(scheduler) - 1, device=x_0.device)
+    alpha, sigma = scheduler.signal_and_noise(last, dtype=x_0.dtype)
+    zero = torch.zeros_like(sigma)
+    return mean_flat(normal_kl(alpha * x_0, 2 * sigma.log(), zero, zero)) / math.log(2)
 
 
 def hybrid_loss(
@@ -164,10 +176,27 @@ def hybrid_loss(
     sample: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """The bound's part of L_hybrid = L_simple + 0.001 L_vlb: an unbiased estimate T L_{t-1} of L_vlb, (B,).
+    """The bound's part of L_hybrid = L_simple + 0.001 L_vlb: T L_{t-1}, which estimates L_vlb without bias.
 
-    The mean is detached, so that the bound trains the variance alone (Nichol & Dhariwal 2021, Sec. 3.1).
+    The mean is detached, so that the bound trains the variance alone (Nichol & Dhariwal 2021, Sec. 3.1). The arguments
+    are those of `variational_bound_term`, with a learned variance and timesteps drawn uniformly from 0 .. T - 1.
     """
     prediction, variance_values = model_output.chunk(2, dim=1)
     frozen = torch.cat([prediction.detach(), variance_values], dim=1)
     return len(scheduler) * variational_bound_term(scheduler, frozen, original_samples, sample, timesteps)
+
+
+def _log_normal_cdf(z: torch.Tensor) -> torch.Tensor:
+    """log Phi(z), by the scaled complementary error function where z is low.
+
+    `torch.special.log_ndtr` has the same values, but wrong gradients there: in float32, PyTorch 2.15, 956 for the true
+    1000 at z = -1000, and 0.4 for 100,000 at z = -100,000.
+    """
+    is_low = z < -1
+    low, high = torch.where(is_low, z, -1.0), torch.where(is_low, 0.0, z)  # each branch where it is finite
+    log_low = torch.log(torch.special.erfcx(-low / math.sqrt(2)) / 2) - low**2 / 2
+    return torch.where(is_low, log_low, torch.log1p(-torch.special.erfc(high / math.sqrt(2)) / 2))
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
