@@ -28,7 +28,7 @@ def by_matrix_root(a, b):
 
 
 def with_moments(mean, covariance):
-    """2 D + 2 rows with exactly this mean and covariance: the mean twice, and the mean +- each row of a scaled root."""
+    """2 D + 2 rows with exactly this mean and covariance: the mean twice and the mean +- the rows of a scaled root."""
     root = torch.linalg.cholesky(covariance).T  # rows r_i with sum r_i r_i^T = covariance
     count = 2 * len(root) + 2
     steps = root * math.sqrt((count - 1) / 2)
