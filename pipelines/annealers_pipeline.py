@@ -30,7 +30,7 @@ class AnnealersPipeline(DiffusionPipeline):
     carries our components; a subclass insists on its own components.
     """
 
-    __module__ = "annealers"  # the name that model_index.json records
+    __module__ = "annealers"  # its public name
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:

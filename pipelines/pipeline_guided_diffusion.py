@@ -99,7 +99,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         (2, (8, 8))
     """
 
-    __module__ = "annealers"  # the name that model_index.json records
+    __module__ = "annealers"  # its public name
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents", "class_labels"]

@@ -117,6 +117,7 @@ def test_a_strip_picks_evenly_and_keeps_both_ends(trajectory):
 def test_a_strip_without_predictions_is_one_row(trajectory):
     trajectory.predictions = None
     assert trajectory_strip(trajectory, count=2, scale=3).size == (2 * 3 * W, 3 * H)
+    assert trajectory_strip(trajectory, count=2, scale=3, padding=1).size == (2 * 3 * W + 1, 3 * H)
 
 
 def test_labels_stand_above_the_strip(trajectory):

@@ -90,6 +90,7 @@ def test_the_commit_has_the_given_message_and_its_address_is_returned(session, r
     hub, _ = session
     messages = hub.repositories["me/plain"].messages
     assert messages[0] == "First" and messages[2] == "Upload GuidedDiffusionPipeline" and len(messages) == 3
+    assert hub.repositories["me/coded"].messages == ["Upload GuidedDiffusionPipeline"]
     assert report["commit"].startswith(f"{hub.endpoint}/me/plain/commit/")
 
 
@@ -112,7 +113,7 @@ def test_exactly_the_pipeline_is_pushed_from_the_folder_of_a_run(session):
         "unet/diffusion_pytorch_model.safetensors",
     ]
     sent = [path for request in hub.requests for path in paths_in(request.body)]
-    assert sent and not [path for path in sent if re.search("optimizer|random_states|checkpoint|logs", path)]
+    assert sent and not [path for path in sent if re.search("optimizer|random_states|checkpoint|samples/", path)]
 
 
 def paths_in(body):
@@ -177,7 +178,7 @@ def test_the_text_has_the_picture_the_command_and_the_settings():
 @pytest.mark.parametrize(
     ("with_code", "library", "loader"),
     [
-        (False, "annealers", 'AnnealersPipeline.from_pretrained("me/digits")'),
+        (False, "annealers", 'GuidedDiffusionPipeline.from_pretrained("me/digits")'),
         (True, "diffusers", 'DiffusionPipeline.from_pretrained("me/digits", trust_remote_code=True)'),
     ],
 )

@@ -528,6 +528,7 @@ def test_a_saved_pipeline_comes_back_whole(small_pipeline, tmp_path, scheduler, 
 
 
 def test_the_index_names_our_classes_by_the_package_alone(small_pipeline, tmp_path):
+    assert {cls.__module__ for cls in (AnnealersPipeline, GuidedDiffusionPipeline)} == {"annealers"}
     small_pipeline.scheduler = DDPMAncestralScheduler()
     small_pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())

@@ -62,7 +62,12 @@ def to_pil(samples: torch.Tensor) -> list[PIL.Image.Image]:
 
 
 def trajectory_strip(
-    trajectory: Trajectory, count: int = 8, scale: int = 1, labels: bool = False, index: int = 0
+    trajectory: Trajectory,
+    count: int = 8,
+    scale: int = 1,
+    labels: bool = False,
+    index: int = 0,
+    padding: int = 0,
 ) -> PIL.Image.Image:
     """Shows how one image came about: x_t above, and below it the x̂_0 that the step at x_t predicted.
 
@@ -75,6 +80,7 @@ def trajectory_strip(
         scale: Enlargement of each image.
         labels: Write the train timestep above each column.
         index: Which image of the batch.
+        padding: White pixels between neighbours.
     """
     samples = trajectory.samples[:, index]  # (N + 1, C, H, W)
     moments = _moments(len(samples), count)
@@ -82,7 +88,7 @@ def trajectory_strip(
     if trajectory.predictions is not None:
         rows.append(torch.cat([trajectory.predictions[:, index], samples[-1:]])[moments])
     images = [enlarge(image, scale) for image in to_pil(torch.cat(rows))]
-    strip = image_grid(images, columns=len(moments))
+    strip = image_grid(images, len(moments), padding)
     if not labels:
         return strip
     names = [f"t={t:g}" for t in trajectory.timesteps.tolist()] + ["x_0"]

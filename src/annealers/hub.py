@@ -24,7 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from annealers.single_file import single_file
 
 INDEX = "model_index.json"
-PUSHED_BESIDE_COMPONENTS = (INDEX, "README.md", "LICENSE", "*.png", "*.gif", "*.jpg", "*.webp")
+BESIDE_COMPONENTS = (INDEX, "README.md", "LICENSE")
+PICTURES = (".png", ".gif", ".jpg", ".webp")
 EXTERNAL_LIBRARIES = ("diffusers", "transformers")
 
 # ---- model cards ----------------------------------------------------------------------------------------------------
@@ -179,17 +180,21 @@ def push_folder(
         FileNotFoundError: If the folder holds no pipeline.
         ValueError: If `private=True` and the repository exists and is public.
     """
-    if not (Path(folder) / INDEX).is_file():
+    folder = Path(folder)
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no {INDEX}")
-    index = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     components = [f"{name}/*" for name, entry in index.items() if name != "_class_name" and isinstance(entry, list)]
-    code = [f"{index['_class_name'][0]}.py"] if isinstance(index["_class_name"], list) else []
+    class_name, code = index["_class_name"], []
+    if isinstance(class_name, list):
+        code, class_name = [f"{class_name[0]}.py"], class_name[1]
+    pictures = [path.name for path in folder.iterdir() if path.suffix in PICTURES]
 
     return HfApi(token=token).upload_folder(
         repo_id=create_repository(repo_id, private, token),
         folder_path=folder,
-        allow_patterns=[*PUSHED_BESIDE_COMPONENTS, *components, *code, *also],
-        commit_message=commit_message or f"Upload {index['_class_name']}",
+        allow_patterns=[*BESIDE_COMPONENTS, *components, *code, *pictures, *also],
+        commit_message=commit_message or f"Upload {class_name}",
         create_pr=create_pr,
     )
 

@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 # Not `from annealers import`: Diffusers looks for such lines and warns of packages that are missing.
 INSTALLED_CLASS = """
@@ -105,7 +105,7 @@ def _defining_module(name: str, attribute: str) -> str:
     return name
 
 
-def _imports_annealers(node: ast.AST) -> bool:
+def _imports_annealers(node: ast.AST) -> TypeGuard[ast.ImportFrom]:
     return isinstance(node, ast.ImportFrom) and (node.level > 0 or (node.module or "").split(".")[0] == "annealers")
 
 

@@ -48,7 +48,7 @@ def main(folder, token):
         "random_states_0.pkl",
         "metrics.jsonl",
         "checkpoint-5/optimizer.bin",
-        "logs/events",
+        "samples/5.png",
     ):
         (run / other).parent.mkdir(exist_ok=True)
         (run / other).write_bytes(b"not part of the pipeline")
