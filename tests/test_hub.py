@@ -46,7 +46,7 @@ def session(tmp_path_factory):
     with FakeHub() as hub:
         child = subprocess.run(
             [sys.executable, CHILD, folder, hub.token],
-            env=hub.environment(home=folder / "home"),
+            env=hub.environment(),
             capture_output=True,
             text=True,
         )

@@ -4,7 +4,7 @@ It answers what `huggingface_hub` asks when a model is created, uploaded, looked
 request. All files are taken as regular ones, so no large-file storage is involved.
 
     with FakeHub() as hub:
-        subprocess.run([sys.executable, "script.py"], env=hub.environment(home=tmp_path), check=True)
+        subprocess.run([sys.executable, "script.py"], env=hub.environment(), check=True)
     assert hub.files("me/model") and {request.token for request in hub.requests} == {hub.token}
 
 `huggingface_hub` reads HF_ENDPOINT when it is imported, hence the subprocess.
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +56,7 @@ class FakeHub:
         self.requests: list[Request] = []
 
     def __enter__(self) -> "FakeHub":
+        self.home = tempfile.TemporaryDirectory()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -63,15 +65,16 @@ class FakeHub:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+        self.home.cleanup()
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"
 
-    def environment(self, home: os.PathLike, **more: str) -> dict[str, str]:
-        """Variables for a subprocess that takes this for the Hub and keeps its caches under `home`."""
+    def environment(self, home: os.PathLike | None = None, **more: str) -> dict[str, str]:
+        """Variables for a subprocess that takes this for the Hub, with caches under `home` or of its own, no token."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        home = os.path.abspath(home)
+        home = os.path.abspath(home or self.home.name)
         settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": home, "HF_MODULES_CACHE": os.path.join(home, "modules")}
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
         return {**inherited, **settings, **quiet, **more}
