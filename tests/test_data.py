@@ -165,7 +165,7 @@ def test_digits_come_in_other_sizes_and_with_three_channels():
 def test_digits_can_be_split_otherwise_and_validated_in_part():
     split, data = load_digits_split(), load_data(DataConfig())
     (batch,) = validation_batches(data, batch_size=50, max_samples=50)
-    assert len(set(batch["rows"].tolist())) == 50
+    assert len(set(batch["rows"].tolist())) == 50 and batch["rows"].max() >= 50
     assert torch.equal(to_images(batch["images"]), split.test_images[batch["rows"]])
     assert torch.equal(batch["labels"], split.test_labels[batch["rows"]])
     only_test = load_data(DataConfig(train_split="test", holdout=0.0))
@@ -299,9 +299,10 @@ def test_the_middle_of_a_longer_image_is_taken(tmp_path, wide):
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_random_crops_cover_the_image_and_depend_on_the_position_alone(tmp_path, wide):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_random_crops_cover_the_image_and_depend_on_the_position_alone(tmp_path, wide, streaming):
     folder = saved(tmp_path, train=image_table([encoded(three_blocks(wide))]))
-    config = DataConfig(dataset=folder, resolution=8, crop="random", holdout=0.0)
+    config = DataConfig(dataset=folder, resolution=8, crop="random", holdout=0.0, streaming=streaming)
     data = load_data(config)
     whole = next(train_batches(data, config, seed=3, batch_size=60))
     means = to_images(whole["images"]).float().mean(dim=(1, 2, 3))
@@ -668,6 +669,8 @@ def test_every_epoch_is_another_permutation_of_all_rows():
     rows = PositionBatches(11, seed=5, batch_size=1).rows(range(44)).reshape(4, 11)
     assert torch.equal(rows.sort(dim=1).values, torch.arange(11).expand(4, 11))
     assert len({tuple(epoch) for epoch in rows.tolist()}) == 4
+    for epoch, order in enumerate(rows):
+        assert torch.equal(order, annealers.data.PositionalRandomness(5).permutation("rows", epoch, 11))
     assert not torch.equal(rows, PositionBatches(11, seed=6, batch_size=1).rows(range(44)).reshape(4, 11))
 
 
@@ -812,9 +815,9 @@ def test_flips_mirror_images_as_a_function_of_the_position_alone(marked_folder):
 # -- streaming --------------------------------------------------------------------------------------------------------
 
 
-def stream_rows(folder, steps, **options):
+def stream_rows(folder, steps, seed=1, **options):
     config = DataConfig(dataset=folder, streaming=True, **options)
-    batches = train_batches(load_data(config), config, seed=1, batch_size=4, last_step=steps)
+    batches = train_batches(load_data(config), config, seed=seed, batch_size=4, last_step=steps)
     return torch.cat([rows_seen(batch) for batch in batches]).tolist()
 
 
@@ -827,6 +830,7 @@ def test_a_shuffled_stream_shows_every_row_once_per_pass_in_changing_order(marke
     rows = np.array(stream_rows(marked_folder, 11, shuffle_buffer=shuffle_buffer)).reshape(4, 11)
     assert (np.sort(rows, axis=1) == np.arange(11)).all()
     assert len({tuple(one_pass) for one_pass in rows.tolist()} | {tuple(range(11))}) == 5
+    assert stream_rows(marked_folder, 11, seed=2, shuffle_buffer=shuffle_buffer) != rows.flatten().tolist()
     places = np.arange(11)
     assert (rows - places < shuffle_buffer).all()  # no row leaves the buffer before it has entered
 
@@ -837,6 +841,13 @@ def test_a_shuffle_buffer_as_large_as_the_stream_shuffles_evenly():
     assert len(orders) == 6
     standard_error = (3000 * 1 / 6 * 5 / 6) ** 0.5
     assert all(abs(times - 500) < 4 * standard_error for times in orders.values())
+
+
+def test_every_row_of_a_full_shuffle_buffer_is_as_likely_to_leave_it():
+    draws = iter(annealers.data.PositionalRandomness(0).uniform("test", 0, 3000).tolist())
+    first = Counter(next(annealers.data._shuffled(iter(range(9)), 3, draws)) for _ in range(3000))
+    standard_error = (3000 * 1 / 3 * 2 / 3) ** 0.5
+    assert all(abs(first[row] - 1000) < 4 * standard_error for row in range(3))
 
 
 def test_fewer_training_samples_are_the_first_rows_of_a_stream(marked_folder):
