@@ -185,7 +185,7 @@ def test_a_bin_and_its_gradient_are_exact_in_the_tails(level, mean, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_likelihood_and_its_gradient_stay_finite_for_absurd_networks(dtype):
     means = torch.tensor([-1e4, -50.0, 0.0, 50.0, 1e4], dtype=dtype)
-    log_scales = torch.tensor([-12.0, -4.0, 0.0, 10.0], dtype=dtype)
+    log_scales = torch.tensor([-12.0, -4.0, 0.0, 10.0, 50.0], dtype=dtype)
     mean, log_scale, x = (t.clone() for t in torch.broadcast_tensors(means[:, None, None], log_scales[:, None], GRID))
     mean.requires_grad_(), log_scale.requires_grad_()
     values = discretized_gaussian_log_likelihood(x.to(dtype), mean, log_scale)
@@ -194,10 +194,9 @@ def test_the_likelihood_and_its_gradient_stay_finite_for_absurd_networks(dtype):
 
 
 def test_half_precision_networks_are_judged_in_float32():
-    x = torch.tensor([-1.0, 0.0039, 1.0])
-    value = discretized_gaussian_log_likelihood(x, torch.zeros(3).bfloat16(), torch.zeros(3).bfloat16())
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, discretized_gaussian_log_likelihood(x, torch.zeros(3), torch.zeros(3)))
+    x, mean, log_scale = torch.tensor([[-1.0, 0.5, 1.0], [0.1, 0.2, 0.3], [-3.0, -2.0, -1.0]]).bfloat16()
+    value = discretized_gaussian_log_likelihood(x, mean, log_scale)
+    assert torch.equal(value, discretized_gaussian_log_likelihood(x.float(), mean.float(), log_scale.float()))
 
 
 # ---- the bound ------------------------------------------------------------------------------------------------------
@@ -324,7 +323,7 @@ def test_the_bound_lies_above_the_entropy_of_the_data_and_close_to_it(beta_sched
         return (terms.sum(dim=1) + prior_bound_term(scheduler, levels[:, None])).mean().item()
 
     tight = bound(ideal)
-    assert 2 < tight < 4
+    assert 2 < tight < 3.1
     assert bound(ideal + 0.01) > tight + 0.01 and bound(0.99 * ideal) > tight  # the ideal denoiser is the best
 
 
@@ -334,7 +333,8 @@ def test_the_prior_term_is_the_divergence_of_the_last_level_from_unit_noise():
     x_0 = eight_bit(5, 2, 3)
     nats = 0.5 * (abar * x_0**2 + (1 - abar) - 1 - np.log(1 - abar)).reshape(5, -1).mean(dim=1)
     torch.testing.assert_close(prior_bound_term(scheduler, x_0), bits(nats), rtol=1e-5, atol=0)
-    assert prior_bound_term(scheduler, x_0.bfloat16()).dtype == torch.float32
+    half = x_0.bfloat16()
+    assert torch.equal(prior_bound_term(scheduler, half), prior_bound_term(scheduler, half.float()))
 
 
 def test_nothing_is_left_of_the_data_at_zero_terminal_snr():

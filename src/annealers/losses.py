@@ -127,6 +127,7 @@ def discretized_gaussian_log_likelihood(
     mirrored = upper + lower > 0  # P(lower < z < upper) = P(-upper < z < -lower)
     a, b = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
     log_b = _log_normal_cdf(b)
+    # the clamp keeps log 0 away where the scale is so large that both ends round to the same number
     gap = (_log_normal_cdf(a) - log_b).clamp(max=-torch.finfo(log_b.dtype).tiny)
     inside = log_b + torch.log(-torch.expm1(gap))
     return torch.where(x < -1 + half_width, below, torch.where(x > 1 - half_width, above, inside))
@@ -153,9 +154,8 @@ def variational_bound_term(
     """
     mean, log_variance, _ = scheduler.reverse_law(model_output, sample, timesteps)
     true_mean, true_variance = scheduler.posterior(original_samples, sample, timesteps)
-    # At t = 0 the posterior is a point: its divergence is infinite, not used, and kept finite for the gradient.
-    true_log_variance = torch.where(true_variance > 0, true_variance.log(), log_variance.detach())
-    divergence = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
+    # At t = 0 the posterior is a point: the divergence is infinite there, with a finite gradient, and not used.
+    divergence = mean_flat(normal_kl(true_mean, true_variance.log(), mean, log_variance))
     decoder = -mean_flat(discretized_gaussian_log_likelihood(original_samples, mean, 0.5 * log_variance))
     return torch.where(timesteps == 0, decoder, divergence) / math.log(2)
 
