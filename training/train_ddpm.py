@@ -179,6 +179,7 @@ class DDPMTask(Task):
             accelerator.process_index,
             accelerator.num_processes,
             max_samples=self.config.validation_samples,
+            num_workers=self.config.num_workers,
         ):
             images, first, count = batch["images"].to(device), batch["first_position"], len(batch["images"])
             labels = None if self.null_label is None else batch["labels"].to(device)

@@ -6,11 +6,11 @@ Every field carries its help text. A script extends `RunConfig` with the options
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from annealers.data import DataConfig
+from annealers.data.config import DataConfig, option
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -35,13 +35,6 @@ FREE_ON_RESUME = frozenset(
         "hub_token",
     }
 )
-
-
-def option(default: Any, description: str) -> Any:
-    """A field with its help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": description})
-    return field(default=default, metadata={"help": description})
 
 
 @dataclass

@@ -193,7 +193,7 @@ class Run:
                 values = meter.means()
                 self._log(done, {**values, "learning_rate": lr_scheduler.get_last_lr()[0], "seconds": self.seconds})
                 steps.set_postfix(loss=f"{values['loss']:.4f}")
-            if is_due(done, config.validate_every, last):
+            if self.data.validation is not None and is_due(done, config.validate_every, last):
                 guard.check()
                 with evaluating(objective, ema):
                     self._log(
@@ -254,6 +254,7 @@ class Run:
             "config": config_to_dict(self.config),
             "command": command_line(sys.argv),
             "dataset": self.data.name,
+            "dataset_hub_id": self.data.hub_id,
             "processes": accelerator.num_processes,
             "hardware": f"{accelerator.num_processes} x {device}, {torch.get_num_threads()} threads",
             "mixed_precision": accelerator.mixed_precision,
