@@ -9,7 +9,8 @@ averaging; the warm-up of d_n is that of `num_updates` in TensorFlow's `tf.train
 a decay of 0.9999 still holds a third of the random initial weights after 10,000 updates.
 """
 
-# pyright: reportPrivateImportUsage=false, for the names of torch's operations on lists of tensors
+# pyright: reportPrivateImportUsage=false
+# torch's operations on lists of tensors have names with an underscore
 
 from collections.abc import Iterator
 from contextlib import contextmanager
