@@ -32,9 +32,9 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Weights and EMA are safetensors. Optimizer, learning-rate and random states are PyTorch files, which Accelerate
-    opens with `weights_only=True`, so that loading executes nothing (DeepSpeed opens its own files without that
-    protection: resume from folders you trust). The number of processes may change between saving and loading; one that
-    finds no random state keeps its own, so a run that draws from torch's generators must reseed them (`step_seed`).
+    opens with `weights_only=True`, so that loading executes nothing (DeepSpeed reads its own files by its own rules:
+    resume from folders you trust). The number of processes may change between saving and loading; one that finds no
+    random state keeps its own, so a run that draws from torch's generators must reseed them (`step_seed`).
 
     Args:
         folder: Where the checkpoints are; made if needed. All processes must see it.
