@@ -18,8 +18,6 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from annealers.single_file import single_file
 
@@ -46,7 +44,7 @@ def model_card(
             pipeline_tag              task of the Hub, such as "unconditional-image-generation"
             tags, license             list; identifier such as "apache-2.0"
             description               a paragraph
-            dataset                   its name; in the metadata too, if it can be a Hub id
+            dataset, dataset_hub_id   its name; its id on the Hub, which goes into the metadata
             metrics                   list of {"name", "value", and "dataset", "split", "n", ... as far as known}
             samples                   file name of a picture of samples, beside the card
             command, config           the exact command line, the settings it stood for (a dict)
@@ -74,7 +72,7 @@ def model_card(
         pipeline_tag=record.get("pipeline_tag"),
         license=record.get("license"),
         tags=list(dict.fromkeys(["annealers", "diffusers", *(record.get("tags") or ())])),
-        datasets=[record["dataset"]] if _could_be_a_hub_id(record.get("dataset")) else None,
+        datasets=[record["dataset_hub_id"]] if record.get("dataset_hub_id") else None,
         eval_results=[_eval_result(metric, record) for metric in metrics] or None,
     )
     return ModelCard.from_template(
@@ -85,7 +83,7 @@ def model_card(
         location=repo_id or "path/to/this/folder",
         with_code=with_code,
         example=example or "images = pipeline().images",
-        command=_without_secrets(record.get("command") or ""),
+        command=without_secrets(record.get("command") or ""),
         config={key: value for key, value in (record.get("config") or {}).items() if not SECRET_NAME.search(key)},
         metrics=metrics,
     )
@@ -119,18 +117,8 @@ def _eval_result(metric: dict[str, Any], record: Mapping[str, Any]) -> EvalResul
     )
 
 
-def _could_be_a_hub_id(name: str | None) -> bool:
-    """Whether a data set is named like one of the Hub, and not like a folder of this machine."""
-    if name is None:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _without_secrets(command: str) -> str:
+def without_secrets(command: str) -> str:
+    """The command line with $HF_TOKEN in the place of tokens, keys and passwords."""
     return HUB_TOKEN.sub("$HF_TOKEN", NAMED_SECRET.sub(r"\1$HF_TOKEN", command))
 
 

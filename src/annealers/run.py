@@ -40,6 +40,7 @@ from annealers.checkpoint import Checkpoints
 from annealers.configuration import RunConfig, check_same_run, config_to_dict, save_config
 from annealers.data import ImageData, load_data, train_batches
 from annealers.ema import EMA
+from annealers.hub import model_card, push_folder, without_secrets
 from annealers.randomness import PositionalRandomness
 
 Batch = dict[str, Any]
@@ -288,8 +289,6 @@ class Run:
 
     def _save_pipeline(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes pipeline and card beside and renames, so that the folder is never half of one; pushes if asked."""
-        from annealers.hub import model_card, push_folder
-
         objective = self.task.build()
         objective.load_state_dict(state)
         pipeline = self.task.pipeline(objective.eval())
@@ -367,15 +366,8 @@ def evaluating(objective: nn.Module, ema: EMA) -> Iterator[None]:
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command as it can be run again, without the token."""
-    shown = []
-    for position, argument in enumerate(arguments):
-        if argument.startswith(("--hub_token", "--hub-token")):
-            continue
-        if position > 0 and arguments[position - 1] in ("--hub_token", "--hub-token"):
-            continue
-        shown.append(argument)
-    return "python " + shlex.join([relative(shown[0]), *shown[1:]])
+    """The command as it can be run again, without tokens."""
+    return without_secrets("python " + shlex.join([relative(arguments[0]), *arguments[1:]]))
 
 
 def relative(script: str) -> str:
