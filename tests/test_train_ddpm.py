@@ -252,6 +252,22 @@ def test_a_resolution_that_the_network_cannot_halve_is_refused(tmp_path):
         main(arguments(tmp_path, "--resolution", 10, "--block_out_channels", 32, 32, 32))
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--block_out_channels", "32", "48"], "multiples of 32"),
+        (["--attention_levels", "2"], "attention_levels must lie in 0 .. 1"),
+        (["--condition_dropout", "1.5"], "condition_dropout must lie in"),
+        (["--max_steps", "0"], "max_steps must be at least 1"),
+        (["--no_such_option", "1"], "no_such_option"),
+    ],
+)
+def test_an_option_out_of_range_ends_with_a_usage_message(tmp_path, options, named, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path, *options))
+    assert named in capsys.readouterr().err
+
+
 def test_a_batch_that_does_not_split_evenly_is_refused(tmp_path):
     with pytest.raises(ValueError, match="16"):
         main(arguments(tmp_path, "--gradient_accumulation_steps", 3))

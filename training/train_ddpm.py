@@ -27,6 +27,7 @@ from annealers.figures import enlarge, image_grid, to_pil
 from annealers.losses import hybrid_loss, min_snr_weight, prior_bound_term, simple_loss, variational_bound_term
 from annealers.run import Batch, Run, Task, Terms, gathered_images, my_share
 
+NORM_GROUPS = 32  # of UNet2DModel
 SMALLEST_PICTURE = 32  # pixels; smaller images are enlarged to be seen
 
 
@@ -68,6 +69,11 @@ class DDPMConfig(RunConfig):
         super().__post_init__()
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {self.condition_dropout}")
+        if not all(channels > 0 and channels % NORM_GROUPS == 0 for channels in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels must be multiples of {NORM_GROUPS}, the groups of the UNet's normalisation, "
+                f"got {self.block_out_channels}"
+            )
         if not all(0 <= level < len(self.block_out_channels) for level in self.attention_levels):
             raise ValueError(
                 f"attention_levels must lie in 0 .. {len(self.block_out_channels) - 1}, got {self.attention_levels}"
