@@ -28,7 +28,7 @@ from annealers.losses import hybrid_loss, min_snr_weight, prior_bound_term, simp
 from annealers.run import Batch, Run, Task, Terms, gathered_images, my_share
 
 NORM_GROUPS = 32  # of UNet2DModel
-SMALLEST_PICTURE = 32  # pixels; smaller images are enlarged to be seen
+SMALLEST_PICTURE = 48  # pixels; smaller images are enlarged to be seen
 
 
 @dataclass

@@ -123,14 +123,7 @@ class Run:
             objective = objective.to(memory_format=torch.channels_last)
         if config.compile:
             objective.network.compile()
-        optimizer = torch.optim.AdamW(
-            objective.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-        objective, optimizer = accelerator.prepare(objective, optimizer)
+        objective, optimizer = accelerator.prepare(objective, self._optimizer(objective))
         ema = EMA(objective, decay=config.ema_decay, warmup=config.ema_warmup)
         first_step = self._resume(ema)
         lr_scheduler = get_scheduler(
@@ -142,31 +135,13 @@ class Run:
         )
         self._start_logs(first_step)
 
-        batches = iter(
-            train_batches(
-                self.data,
-                config,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                accumulation=config.gradient_accumulation_steps,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                first_step=first_step,
-                last_step=config.max_steps,
-            )
-        )
-        meter = Meter(accelerator)
-        guard = FiniteGuard()
+        batches = self._batches(first_step)
+        meter, guard = Meter(accelerator), FiniteGuard()
         started = time.perf_counter() - self.seconds
-        steps = tqdm(
-            range(first_step, config.max_steps),
-            initial=first_step,
-            total=config.max_steps,
-            desc="training",
-            disable=not self.is_main,
-        )
+        steps = range(first_step, config.max_steps)
+        bar = tqdm(steps, "training", initial=first_step, total=config.max_steps, disable=not self.is_main)
         objective.train()
-        for step in steps:
+        for step in bar:
             torch.manual_seed(self.randomness.step_seed(step, accelerator.process_index))  # what dropout draws from
             for _ in range(config.gradient_accumulation_steps):
                 batch = next(batches)
@@ -175,9 +150,8 @@ class Run:
                     terms = objective(**draws)
                     accelerator.backward(terms["loss"].mean())
                     if accelerator.sync_gradients and config.max_grad_norm > 0:
-                        meter.add(
-                            "grad_norm", accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
-                        )
+                        norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
+                        meter.add("grad_norm", norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 guard.watch(step, batch["rows"], terms["loss"])
@@ -186,27 +160,25 @@ class Run:
             lr_scheduler.step()
             ema.update()
 
-            done = step + 1
-            last = done == config.max_steps
+            done, last = step + 1, step + 1 == config.max_steps
             self.seconds = time.perf_counter() - started
-            if done % config.log_every == 0 or last:
+            if is_due(done, config.log_every, last):
                 guard.check()
                 values = meter.means()
                 self._log(done, {**values, "learning_rate": lr_scheduler.get_last_lr()[0], "seconds": self.seconds})
-                steps.set_postfix(loss=f"{values['loss']:.4f}")
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
             if self.data.validation is not None and is_due(done, config.validate_every, last):
                 guard.check()
                 with evaluating(objective, ema):
-                    self._log(
-                        done, {f"validation/{k}": v for k, v in self.task.validate(objective, accelerator).items()}
-                    )
+                    values = self.task.validate(objective, accelerator)
+                self._log(done, {f"validation/{name}": value for name, value in values.items()})
             if is_due(done, config.sample_every, last):
+                guard.check()
                 with evaluating(objective, ema):
                     self._save_picture(done, self.task.picture(objective, accelerator))
             if is_due(done, config.checkpoint_every, last):
                 guard.check()
                 self.checkpoints.save(done, self._record(done), ema)
-        guard.check()
 
         pipeline_folder = self.folder / "pipeline"
         with ema.swapped_in():
@@ -216,6 +188,31 @@ class Run:
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return pipeline_folder
+
+    def _optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(
+            objective.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        """This process's micro-batches, from the first of `first_step` to the last of the run."""
+        batches = train_batches(
+            self.data,
+            self.config,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            first_step=first_step,
+            last_step=self.config.max_steps,
+        )
+        return iter(batches)
 
     def _to_device(self, draws: dict[str, Any]) -> dict[str, Any]:
         moved = {
@@ -292,11 +289,12 @@ class Run:
         objective = self.task.build()
         objective.load_state_dict(state)
         pipeline = self.task.pipeline(objective.eval())
+        samples = self.folder / "samples.png"  # not there if a finished run was resumed into another folder
         record = self._record(self.config.max_steps) | {
             "pipeline": type(pipeline).__name__,
             "pipeline_tag": self.task.pipeline_tag,
             "tags": self.task.tags,
-            "samples": "samples.png",
+            "samples": samples.name if samples.is_file() else None,
             "metrics": self._validation_metrics(),
         }
         (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -304,9 +302,10 @@ class Run:
         card = model_card(record, repo_id, example=self.task.example())
         with whole_folder(folder) as unfinished:
             pipeline.save_pretrained(unfinished)
-            (unfinished / "samples.png").write_bytes((self.folder / "samples.png").read_bytes())
+            if samples.is_file():
+                shutil.copy(samples, unfinished)
             card.save(unfinished / "README.md")
-        print(f"pipeline: {folder}\nsamples:  {self.folder / 'samples.png'}")
+        print(f"pipeline: {folder}\nsamples:  {samples}")
         if repo_id is not None:
             commit = push_folder(folder, repo_id, private=self.config.hub_private or None, token=self.config.hub_token)
             print(f"pushed:   {commit}")
