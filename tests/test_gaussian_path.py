@@ -268,10 +268,17 @@ def test_leading_timesteps_are_multiples_of_the_integer_ratio_plus_the_offset(N,
     assert schedule(N, timestep_spacing="leading", steps_offset=offset) == expected
 
 
-@pytest.mark.parametrize("path", PATHS[:5])
-@pytest.mark.parametrize("N", [2, 10, 40])
-def test_karras_levels_lie_within_half_a_timestep_of_their_equation_5(path, N):
-    scheduler = DDPMAncestralScheduler(timestep_spacing="karras", **path)
+@pytest.mark.parametrize(
+    ("path", "T", "N"),
+    [
+        *[(path, T, N) for path in PATHS[:5] for T, N in [(1000, 2), (1000, 10), (1000, 40), (25, 4)]],
+        # where the nearest timestep in log SNR is not the nearest in the ratio itself
+        ({"beta_schedule": "scaled_linear"}, 25, 9),
+        ({"beta_schedule": "sigmoid"}, 25, 10),
+    ],
+)
+def test_karras_levels_lie_within_half_a_timestep_of_their_equation_5(path, T, N):
+    scheduler = DDPMAncestralScheduler(timestep_spacing="karras", num_train_timesteps=T, **path)
     scheduler.set_timesteps(N)
     alpha, sigma = whole_table(scheduler)
     log_ratio = (sigma / alpha).log()
@@ -279,7 +286,7 @@ def test_karras_levels_lie_within_half_a_timestep_of_their_equation_5(path, N):
     middles = (log_ratio[1:] + log_ratio[:-1]) / 2  # between timestep t and t + 1
     lower, upper = torch.cat([log_ratio[:1], middles]), torch.cat([middles, log_ratio[-1:]])
     timesteps = scheduler.timesteps.tolist()
-    assert (timesteps[0], timesteps[-1]) == (999, 0)
+    assert (timesteps[0], timesteps[-1]) == (T - 1, 0)
     moved = []
     for i, t in enumerate(timesteps):
         wanted = 7 * (largest + i / (N - 1) * (smallest - largest)).log()
@@ -321,6 +328,14 @@ def test_every_schedule_is_strictly_decreasing_on_the_chain(spacing, offset):
         assert len(timesteps) == N
         assert timesteps[0] <= 39
         assert timesteps[-1] >= 0
+        assert (np.diff(timesteps) < 0).all()
+
+
+def test_levels_that_coincide_inside_the_chain_move_apart():
+    betas = [0.01] * 10 + [0.999] + [0.01] * 10  # hardly a level between the two halves, where Eq. 5 wants most
+    for N in range(1, 22):
+        timesteps = schedule(N, timestep_spacing="karras", trained_betas=betas)
+        assert len(timesteps) == N
         assert (np.diff(timesteps) < 0).all()
 
 
@@ -375,9 +390,12 @@ def test_pure_noise_is_refused_where_the_prediction_cannot_tell_the_data(predict
 
 
 def test_karras_spacing_of_a_path_that_ends_in_pure_noise_is_refused():
-    scheduler = DDPMAncestralScheduler(timestep_spacing="karras", **ZERO_SNR)
-    with pytest.raises(ValueError, match="timestep_spacing='karras', which spaces log SNR, needs some"):
-        scheduler.set_timesteps(10)
+    for prediction_type in PREDICTION_TYPES:
+        scheduler = DDPMAncestralScheduler(
+            timestep_spacing="karras", rescale_betas_zero_snr=True, prediction_type=prediction_type
+        )
+        with pytest.raises(ValueError, match="timestep_spacing='karras', which spaces log SNR, needs some"):
+            scheduler.set_timesteps(10)
 
 
 # ---- the position in the schedule -----------------------------------------------------------------------------------
@@ -480,6 +498,20 @@ def test_setting_the_timesteps_forgets_the_position():
     assert (scheduler.step_index, scheduler.begin_index) == (None, None)
 
 
+def test_a_timestep_on_another_device_is_the_one_that_is_due_and_is_not_read():
+    # a meta tensor has no value to read
+    scheduler, unreadable, x = DDPMAncestralScheduler(clip_sample=False), torch.empty((), device="meta"), draw(2, 3)
+    scheduler.set_timesteps(8)
+    expected, _ = run(scheduler, scheduler.timesteps[5:], x)
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(5)
+    result, positions = run(scheduler, [unreadable] * 3, x)
+    assert positions == [6, 7, 8]
+    assert torch.equal(result, expected)
+    with pytest.raises(ValueError, match="all 8 steps are taken; call set_timesteps"):
+        run(scheduler, [unreadable], x)
+
+
 def test_a_stale_view_of_an_earlier_schedule_is_matched_by_value():
     scheduler = DDPMAncestralScheduler(clip_sample=False)
     scheduler.set_timesteps(4)
@@ -563,7 +595,7 @@ def test_scale_model_input_changes_nothing():
     scheduler = DDPMAncestralScheduler(**LADDER)
     assert scheduler.scale_model_input(x, 999) is x
     assert scheduler.scale_model_input(x) is x
-    assert scheduler.init_noise_sigma == 1
+    assert (scheduler.init_noise_sigma, scheduler.order) == (1, 1)
 
 
 # ---- between two levels ---------------------------------------------------------------------------------------------
@@ -648,6 +680,16 @@ def test_the_posterior_takes_any_shape_and_each_sample_its_own_pair_of_levels(sh
         torch.testing.assert_close((mean[i : i + 1], variance[i : i + 1]), alone, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_posterior_of_low_precision_is_computed_in_float32(dtype):
+    scheduler, timesteps = DDPMAncestralScheduler(), torch.tensor([999, 998, 500, 20, 1, 0])
+    x_0, x_t = draw(6, 4, seed=1).to(dtype), draw(6, 4, seed=2).to(dtype)
+    exact = scheduler.posterior(x_0.double(), x_t.double(), timesteps)
+    for result, expected in zip(scheduler.posterior(x_0, x_t, timesteps), exact, strict=True):
+        assert result.dtype is torch.float32
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 # ---- from the output of the network to x_0 --------------------------------------------------------------------------
 
 
@@ -695,5 +737,6 @@ def test_forward_and_laws_read_no_value_of_a_device():
         assert scheduler.original_sample(x, x, timesteps).shape == x.shape
         assert scheduler.posterior(x, x, timesteps)[0].shape == x.shape
         assert scheduler.reverse_law(x, x, timesteps)[0].shape == x.shape
+    assert scheduler.add_noise(x, x, torch.tensor([7])).device.type == "meta"  # as inpainting calls it
     with pytest.raises(RuntimeError):
         x.sum().item()

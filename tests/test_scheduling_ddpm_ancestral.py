@@ -7,11 +7,13 @@ and a variance. In closed form, with the marginal variance V_t = alpha_t^2 S + s
     E[x_s | x_t] = alpha_s m + a V_s / V_t (x_t - alpha_t m)          Var[x_s | x_t] = v V_s / V_t
 """
 
+import copy
 import doctest
 import inspect
 import json
 import logging
 import math
+import pickle
 
 import diffusers
 import numpy as np
@@ -555,12 +557,17 @@ def test_calibration_passes_conditions_on_and_draws_each_sample_from_its_own_gen
     assert plain != scheduler.calibrate_variance(model, data, [3], [seeded(0), seeded(1)], shift=0.5)
 
 
-def test_calibration_leaves_no_gradient_and_takes_half_precision():
-    scheduler = build(num_train_timesteps=6)
-    weight = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
-    values = scheduler.calibrate_variance(lambda x, t: weight(x), gaussian_data(3).bfloat16(), generator=seeded(0))
+def test_calibration_records_no_gradient_and_takes_half_precision():
+    scheduler, recorded = build(num_train_timesteps=6), []
+    layer = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+
+    def model(x, t):
+        recorded.append(torch.is_grad_enabled())
+        return layer(x)
+
+    values = scheduler.calibrate_variance(model, gaussian_data(3).bfloat16(), generator=seeded(0))
     assert all(isinstance(value, float) and math.isfinite(value) for value in values)
-    assert weight.weight.grad is None
+    assert recorded == [False] * 6
 
 
 def test_the_statistic_survives_saving_and_every_copy(tmp_path):
@@ -576,10 +583,10 @@ def test_the_statistic_survives_saving_and_every_copy(tmp_path):
             DDIMScheduler.from_config(scheduler.config).config, variance_type="optimal"
         ),
     ]
-    for copy in copies:
-        assert copy.config.mean_squared_noise == values
-        assert copy.config.variance_type == "optimal"
-        assert copy.config.num_train_timesteps == 12
+    for each in copies:
+        assert each.config.mean_squared_noise == values
+        assert each.config.variance_type == "optimal"
+        assert each.config.num_train_timesteps == 12
     assert copies[2].config.timestep_spacing == "trailing"
     assert copies[1].config.timestep_spacing == "leading"  # other defaults stay defaults
 
@@ -947,6 +954,18 @@ def test_a_saved_scheduler_takes_the_same_steps(config, tmp_path):
     for t in scheduler.timesteps:
         steps = [each.step(torch.sin(x), int(t), x, generator=seeded(2)).prev_sample for each in (scheduler, loaded)]
         assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_a_copy_goes_on_where_the_original_stands(duplicate):
+    scheduler, x = build(), draw(2, 3)
+    scheduler.set_timesteps(4)
+    scheduler.step(torch.sin(x), scheduler.timesteps[0], x)
+    copied = duplicate(scheduler)
+    assert (copied.step_index, copied.timesteps.tolist()) == (1, scheduler.timesteps.tolist())
+    for timesteps in (scheduler.timesteps, copied.timesteps):
+        steps = [each.step(torch.sin(x), timesteps[1], x, generator=seeded(2)) for each in (scheduler, copied)]
+        assert torch.equal(steps[0].prev_sample, steps[1].prev_sample)
 
 
 @pytest.mark.parametrize("theirs", COMPATIBLE, ids=lambda each: each.__name__)
