@@ -1,6 +1,7 @@
 """A run is a function of its options and seed: not of processes, accumulation, interruptions or what came before."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from fake_hub import FakeHub
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from annealers import GuidedDiffusionPipeline
+from annealers.configuration import parse_config
+from annealers.data import load_data, validation_batches
+from annealers.randomness import PositionalRandomness
 from annealers.run import NonFiniteLossError
 from annealers.training.train_ddpm import DDPMConfig, DDPMTask, DenoisingObjective, main
 
@@ -123,8 +130,6 @@ def test_validation_and_losses_are_the_same_on_two_processes(one_process, two_pr
 
 
 def test_samples_are_the_same_picture_on_two_processes(one_process, two_processes):
-    from PIL import Image, ImageChops
-
     pictures = [Image.open(folder / "samples.png") for folder in (one_process, two_processes / "whole")]
     assert ImageChops.difference(*pictures).getextrema()[1] <= 2
 
@@ -197,8 +202,6 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(tmp_path):
-    from annealers.configuration import parse_config
-
     file = tmp_path / "options.yaml"
     file.write_text("max-steps: 7\nblock_out_channels: [32, 64]\nflip: true\nlearning_rate: 3e-4\n")
     config = parse_config(DDPMConfig, ["--config", str(file), "--max-steps", "9"])
@@ -215,8 +218,6 @@ def test_options_come_from_a_file_and_the_command_line_wins(tmp_path):
     [("no_such_option: 1", "no_such_option"), ("max_steps: many", "many"), ("just words", "must hold")],
 )
 def test_a_wrong_option_in_the_file_ends_with_a_usage_message(tmp_path, text, named, capsys):
-    from annealers.configuration import parse_config
-
     (tmp_path / "options.yaml").write_text(text)
     with pytest.raises(SystemExit):
         parse_config(DDPMConfig, ["--config", str(tmp_path / "options.yaml")])
@@ -300,9 +301,6 @@ def test_every_objective_trains(tmp_path, options, prediction_type):
 
 
 def test_labels_are_dropped_at_the_rate_of_the_option(one_process):
-    from annealers.data import load_data
-    from annealers.randomness import PositionalRandomness
-
     config = DDPMConfig(condition_dropout=0.25)
     task = DDPMTask(config, load_data(config), PositionalRandomness(0))
     n = 40_000
@@ -321,3 +319,71 @@ def test_the_learning_rate_counts_optimizer_steps_whatever_the_accumulation(tmp_
         rates.append([entry["learning_rate"] for entry in metrics(folder) if "learning_rate" in entry])
     cosine = [0.5 * (1 + torch.tensor(torch.pi * k / 4).cos().item()) for k in range(5)]
     assert rates[0] == rates[1] == pytest.approx([0.01 * factor for factor in [0.5, *cosine]], abs=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_with_min_snr_the_loss_is_the_capped_error_of_x_0_whatever_is_predicted(prediction_type):
+    config = DDPMConfig(prediction_type=prediction_type, min_snr_gamma=5.0)
+    objective = DDPMTask(config, load_data(config), PositionalRandomness(0)).build()
+    images, noise = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 1, 8, 8)
+    timesteps, labels = torch.tensor([0, 200, 600, 998]), torch.tensor([1, 2, 3, 10])
+    with torch.no_grad():
+        loss = objective(images, noise, timesteps, labels)["loss"]
+        x_t = objective.scheduler.add_noise(images, noise, timesteps)
+        output = objective.network(x_t, timesteps, class_labels=labels).sample
+    x_0 = objective.scheduler.original_sample(output, x_t, timesteps)
+    alphas_cumprod = objective.scheduler.alphas_cumprod[timesteps]
+    error = (x_0 - images).square().mean((1, 2, 3))
+    torch.testing.assert_close(
+        loss, (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=5) * error, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_the_hybrid_loss_is_the_simple_one_plus_the_weighted_bound():
+    config = DDPMConfig(learned_variance=True, vlb_weight=0.25)
+    objective = DDPMTask(config, load_data(config), PositionalRandomness(0)).build()
+    images, noise, timesteps = torch.rand(3, 1, 8, 8) * 2 - 1, torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 900])
+    terms = objective(images, noise, timesteps, torch.tensor([0, 1, 2]))
+    assert terms["loss"].shape == (3,)
+    torch.testing.assert_close(terms["loss"], terms["simple"] + 0.25 * terms["bound"])
+
+
+def test_validation_sums_the_bound_over_all_timesteps_and_splits_the_loss_by_quarter(monkeypatch):
+    """Without noise x_t = alpha_t x_0, and a network that answers v = 0 predicts x_0 = alpha_t x_t: all is known."""
+    T = 17
+    config = DDPMConfig(num_train_timesteps=T, validation_samples=3)
+    data = load_data(config)
+    task = DDPMTask(config, data, PositionalRandomness(0))
+    objective = task.build()
+    monkeypatch.setattr(PositionalRandomness, "normal", lambda self, name, first, n, shape: torch.zeros(n, *shape))
+    monkeypatch.setattr(PositionalRandomness, "uniform", lambda self, name, first, n: torch.full((n,), 0.5))
+    monkeypatch.setattr(objective.network, "forward", lambda x, t, class_labels: UNet2DOutput(torch.zeros_like(x)))
+    values = task.validate(objective, Accelerator())
+
+    x_0 = torch.stack([row["images"] for row in validation_batches(data, 3, max_samples=3)])[0].double()
+    alphas_cumprod = objective.scheduler.alphas_cumprod.double()
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])[:T]
+    beta = 1 - alphas_cumprod / before
+
+    def step(t, prediction):
+        weight = before[t].sqrt() * beta[t] / (1 - alphas_cumprod[t])
+        keep = (alphas_cumprod[t] / before[t]).sqrt() * (1 - before[t]) / (1 - alphas_cumprod[t])
+        return weight * prediction + keep * alphas_cumprod[t].sqrt() * x_0
+
+    def variance(t):
+        return beta[t] * (1 - before[t]) / (1 - alphas_cumprod[t])
+
+    last = alphas_cumprod[-1]
+    nats = 0.5 * (last * x_0**2 + (1 - last) - 1 - (1 - last).log())
+    decoder = torch.distributions.Normal(step(0, alphas_cumprod[0] * x_0), variance(1).sqrt())
+    upper = torch.where(x_0 > 0.999, torch.ones_like(x_0), decoder.cdf(x_0 + 1 / 255))
+    lower = torch.where(x_0 < -0.999, torch.zeros_like(x_0), decoder.cdf(x_0 - 1 / 255))
+    nats = nats - (upper - lower).log()
+    quarters = [[], [], [], []]
+    for t in range(2, T, 2):  # the middles of eight strata of two timesteps
+        nats = nats + 2 * (step(t, x_0) - step(t, alphas_cumprod[t] * x_0)) ** 2 / (2 * variance(t))
+        quarters[t * 4 // T].append(((1 - alphas_cumprod[t]) * x_0**2).mean())
+    assert values["vlb_bits_per_dim"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-3)
+    for i, losses in enumerate(quarters):
+        assert values[f"loss_quarter_{i + 1}"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert values["images"] == 3
