@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from fake_hub import FakeHub
 from PIL import Image, ImageChops
@@ -387,3 +389,70 @@ def test_validation_sums_the_bound_over_all_timesteps_and_splits_the_loss_by_qua
     for i, losses in enumerate(quarters):
         assert values[f"loss_quarter_{i + 1}"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert values["images"] == 3
+
+
+# ---- other data -----------------------------------------------------------------------------------------------------
+
+
+def folder_of_images(folder, channels, labels=True):
+    """A data set of 24 images of 8 x 8, saved in `datasets` format with a split for validation."""
+    import datasets
+
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 6)):
+        images = generator.integers(0, 256, (count, 8, 8, channels), dtype=np.uint8)
+        columns = {"image": list(images)} | ({"label": [i % 3 for i in range(count)]} if labels else {})
+        features = {"image": datasets.Array3D((8, 8, channels), "uint8")}
+        features |= {"label": datasets.ClassLabel(names=["ant", "bee", "cat"])} if labels else {}
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        folder.mkdir(exist_ok=True)
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_images_of_five_channels_train_and_are_pictured_channel_by_channel(tmp_path):
+    data = folder_of_images(tmp_path / "data", channels=5)
+    main(arguments(tmp_path / "run", "--dataset", data, "--max_steps", 1))
+    assert Image.open(tmp_path / "run" / "samples.png").width > 5 * 8
+    pipeline = GuidedDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline(class_labels="bee", num_inference_steps=1, output_type="pt").images.shape == (1, 5, 8, 8)
+
+
+def test_data_without_labels_trains_an_unconditional_model(tmp_path):
+    data = folder_of_images(tmp_path / "data", channels=3, labels=False)
+    main(arguments(tmp_path / "run", "--dataset", data, "--max_steps", 1))
+    pipeline = GuidedDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.unet.config.num_class_embeds is None
+    assert len(pipeline(batch_size=2, num_inference_steps=1).images) == 2
+
+
+def test_an_unshuffled_stream_trains_on_its_rows_in_order(tmp_path, monkeypatch):
+    data = folder_of_images(tmp_path / "data", channels=1)
+    rows, draws = [], DDPMTask.draws
+
+    def see(self, batch):
+        rows.extend(batch["rows"].tolist())
+        return draws(self, batch)
+
+    monkeypatch.setattr(DDPMTask, "draws", see)
+    main(arguments(tmp_path / "run", "--dataset", data, "--streaming", "--shuffle_buffer", 1, "--max_steps", 2))
+    assert rows == [i % 24 for i in range(32)]
+
+
+@pytest.mark.parametrize("option", ["--channels_last", "--compile"])
+def test_memory_format_and_compilation_change_nothing_but_rounding(one_process, tmp_path, option):
+    if option == "--compile":
+        torch.compiler.set_stance("force_eager")  # the option's path without minutes of compiling
+    try:
+        main(arguments(tmp_path, option))
+    finally:
+        torch.compiler.set_stance("default")
+    assert largest_difference(weights(one_process, "live"), weights(tmp_path, "live")) < 1e-5
+
+
+def test_bfloat16_trains_and_saves_float32_weights(tmp_path):
+    AcceleratorState._reset_state()
+    main(arguments(tmp_path, "--mixed_precision", "bf16", "--max_steps", 2))
+    AcceleratorState._reset_state()
+    assert json.loads((tmp_path / "run.json").read_text())["mixed_precision"] == "bf16"
+    assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
