@@ -175,7 +175,8 @@ class DDPMTask(Task):
         Each image is seen at t = 0, whose term of the bound is unlike the others, and at one timestep in each of eight
         equal strata of 1 .. T - 1, which estimate the sum of the others.
         """
-        scheduler, device = objective_of(objective, accelerator).scheduler, accelerator.device
+        denoising, device = objective_of(objective, accelerator), accelerator.device
+        network, scheduler = denoising.network, denoising.scheduler
         T, strata = self.config.num_train_timesteps, 8
         sums = torch.zeros(4, 2, dtype=torch.float64)  # (quarter, [loss, count])
         bounds: list[torch.Tensor] = []
@@ -194,17 +195,15 @@ class DDPMTask(Task):
                 name = f"validation {stratum}"
                 offset = (stratum + self.randomness.uniform(name, first, count)) / strata
                 timesteps = (1 + offset * (T - 1)).long() if stratum >= 0 else torch.zeros(count, dtype=torch.long)
+                quarter, timesteps = timesteps * 4 // T, timesteps.to(device)
                 noise = self.randomness.normal(name, first, count, images.shape[1:]).to(device)
-                x_t = scheduler.add_noise(images, noise, timesteps.to(device))
-                output = (
-                    objective_of(objective, accelerator).network(x_t, timesteps.to(device), class_labels=labels).sample
-                )
+                x_t = scheduler.add_noise(images, noise, timesteps)
+                output = network(x_t, timesteps, class_labels=labels).sample
                 weight = 1 if stratum < 0 else (T - 1) / strata
-                bound = bound + weight * variational_bound_term(scheduler, output, images, x_t, timesteps.to(device))
+                bound = bound + weight * variational_bound_term(scheduler, output, images, x_t, timesteps)
                 if stratum >= 0:
-                    target = scheduler.training_target(images, noise, timesteps.to(device))
+                    target = scheduler.training_target(images, noise, timesteps)
                     loss = simple_loss(output[:, : images.shape[1]], target).double().cpu()
-                    quarter = timesteps * 4 // T
                     sums.index_add_(0, quarter, torch.stack([loss, torch.ones_like(loss)], dim=1))
             bounds.append(bound.double().cpu())
         bound = torch.cat(bounds) if bounds else torch.zeros(0, dtype=torch.float64)

@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -77,11 +79,7 @@ class Checkpoints:
             if state is not None:
                 save_file(state["tensors"], unfinished / _EMA, metadata={"updates": str(state["updates"])})
             (unfinished / _RECORD).write_text(text)
-            _flush_tree(unfinished)
-            if final.exists():
-                _discard(final)  # damaged, for it is not complete
-            unfinished.rename(final)
-            _flush(self.folder)
+            _put_in_place(unfinished, final)  # what may be there is damaged, for it is not complete
             for old in _complete(self.folder)[: -self.keep]:
                 if old != final:  # after resuming from an older one, the newest is not that of the largest step
                     _discard(old)
@@ -139,9 +137,33 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def _discard(checkpoint: Path) -> None:
-    """Deletes a checkpoint, after giving it a name that says so."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{_UNFINISHED}old-{checkpoint.name}")))
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` when it is whole and on disk; one process uses it."""
+    unfinished = folder.with_name(f"{_UNFINISHED}{folder.name}")
+    for leftover in (unfinished, _doomed(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir()
+    yield unfinished
+    _put_in_place(unfinished, folder)
+
+
+def _put_in_place(unfinished: Path, final: Path) -> None:
+    """Gives a folder its good name once all of it is on disk."""
+    _flush_tree(unfinished)
+    if final.exists():
+        _discard(final)
+    unfinished.rename(final)
+    _flush(final.parent)
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a folder, after giving it a name that says so."""
+    shutil.rmtree(folder.rename(_doomed(folder)))
+
+
+def _doomed(folder: Path) -> Path:
+    return folder.with_name(f"{_UNFINISHED}old-{folder.name}")
 
 
 def _flush(path: Path) -> None:

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from annealers.checkpoint import Checkpoints
+from annealers.checkpoint import Checkpoints, whole_folder
 from annealers.configuration import RunConfig, check_same_run, config_to_dict, save_config
 from annealers.data import ImageData, load_data, train_batches
 from annealers.ema import EMA
@@ -324,17 +324,6 @@ def trackers(report_to: str) -> list[str] | None:
     if report_to == "all":
         return ["tensorboard", "wandb"] if is_wandb_available() else ["tensorboard"]
     return None if report_to == "none" else [report_to]
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` when it is whole."""
-    unfinished = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    yield unfinished
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
 
 def my_share(count: int, accelerator: Accelerator) -> range:
