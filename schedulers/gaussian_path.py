@@ -4,15 +4,14 @@ A diffusion process is a table of signal and noise coefficients, one row per tra
 
     x_t = alpha_t x_0 + sigma_t eps,        eps ~ N(0, I),
 
-and the data itself is the row (1, 0). Whatever else distinguishes two processes is how the table is filled:
-
-    beta schedules      alpha_t^2 = prod_{i <= t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2     Ho et al. 2020, Eq. 4
-    geometric ladder    s_t = sigma_min (sigma_max / sigma_min)^(t / (T - 1)),                Song & Ermon 2019, Sec. 3
-                        alpha_t = 1 / sqrt(1 + s_t^2), sigma_t = s_t / sqrt(1 + s_t^2)
+and the data itself is the row (1, 0). Whatever else distinguishes two processes is how the table is filled, see
+`path_tables`: beta schedules, a geometric ladder, or the flow path alpha_t = 1 - t / T, sigma_t = t / T, whose
+timesteps 0 < t <= T are continuous.
 
 The ladder of a variance-exploding process, y_t = x_0 + s_t eps, is kept in the variance-preserving coordinates
 x_t = y_t / sqrt(1 + s_t^2). So each process starts from unit noise and feeds the network its state unscaled, and a
-sampling loop that ignores `init_noise_sigma` and `scale_model_input` is still right.
+sampling loop that ignores `init_noise_sigma` and `scale_model_input` is still right. A flow path starts from unit
+noise anyway and stays as it is.
 
 Between two levels s < t the path is Gaussian too (Kingma et al. 2021, Eqs. 20-25, 30-32):
 
@@ -29,15 +28,12 @@ When steps are skipped, s is the level that is skipped to.
     alpha_t   alpha               (), (B,)  signal coefficient
     sigma_t   sigma               (), (B,)  noise coefficient
 
-Sources: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; Song & Ermon 2019,
-"Generative Modeling by Estimating Gradients of the Data Distribution", arXiv:1907.05600; Kingma, Salimans, Poole, Ho
-2021, "Variational Diffusion Models", arXiv:2107.00630; Karras, Aittala, Aila, Laine 2022, "Elucidating the Design
-Space of Diffusion-Based Generative Models", arXiv:2206.00364; Lin, Liu, Li, Yang 2023, "Common Diffusion Noise
-Schedules and Sample Steps are Flawed", arXiv:2305.08891.
+Sources: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; Kingma, Salimans, Poole,
+Ho 2021, "Variational Diffusion Models", arXiv:2107.00630; Lipman, Chen, Ben-Hamu, Nickel, Le 2022, "Flow Matching for
+Generative Modeling", arXiv:2210.02747.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,13 +44,41 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "geometric")
-TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "karras")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score")
-KARRAS_RHO = 7.0  # Karras et al. 2022, Table 1
-MAX_BETA = 0.999  # Nichol & Dhariwal 2021, arXiv:2102.09672, Sec. 3.2
+from annealers.schedulers.path_tables import (
+    TIME_SHIFT_TYPES,
+    karras_ratios,
+    path_table,
+    shifted,
+    spaced_flow_sigmas,
+    spaced_timesteps,
+    stretched_to_terminal,
+    strictly_decreasing,
+)
+from annealers.schedulers.step_placement import optimal_timesteps
+
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "karras", "geometric", "optimal")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
+FLOW_SCHEDULERS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
 Coefficient = TypeVar("Coefficient", float, torch.Tensor)
+
+
+class Level(NamedTuple):
+    """A point of the path, x_t = alpha x_0 + sigma eps, and the timestep by which the network knows it."""
+
+    timestep: int | float
+    alpha: float
+    sigma: float
+
+
+DATA = Level(-1, 1.0, 0.0)
+
+
+class Visit(NamedTuple):
+    """One network call: at a state on level `here`; its `step` leads to level `there`, which may be the same."""
+
+    here: Level
+    there: Level
 
 
 @dataclass
@@ -90,20 +114,47 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
     """Base of the schedulers that walk a Gaussian path; it holds the table, the schedule and the conversions.
 
     A subclass registers its own full `__init__` (Diffusers saves nothing else), calls `_build_path` in it and adds
-    `step`. Nothing here is overridden.
+    `step`. One that calls the network several times on a level has its own `_visits`, one that places its levels by
+    another rule has its own `_spaced_timesteps`; nothing else is overridden.
 
     Attributes:
         betas, alphas, alphas_cumprod: The table as Diffusers names it, float32, (T,).
-        timesteps: The schedule, int64, (N,), decreasing; the whole training chain until `set_timesteps` is called.
+        timesteps: The timestep of each network call, not increasing, int64, or float32 on a flow path; the whole
+            training chain until `set_timesteps` is called.
         init_noise_sigma: 1, on every path.
         order: Entries of `timesteps` per noise level.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers] + FLOW_SCHEDULERS
     order = 1
     init_noise_sigma = 1.0
 
     # ---- the table of the path --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in Diffusers, for configs that leave to their class what ours need to be told.
+
+        A config without `clip_sample` is of a scheduler that never clips. One with a `shift` and no `prediction_type`
+        is of a flow-matching scheduler; multistep solvers call the shift `flow_shift`.
+        """
+        if isinstance(config, Mapping):
+            if "flow_shift" in config and "shift" not in config:
+                kwargs.setdefault("shift", config["flow_shift"])
+            if "shift" in config and "prediction_type" not in config:
+                kwargs.setdefault("prediction_type", "flow_prediction")
+            if "clip_sample" not in config:
+                kwargs.setdefault("clip_sample", False)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def _is_flow(self) -> bool:
+        return self.config.prediction_type == "flow_prediction"
+
+    @property
+    def _is_brownian(self) -> bool:
+        """Whether the process is a Brownian motion, that of the geometric ladder, not an Ornstein-Uhlenbeck chain."""
+        return self.config.beta_schedule == "geometric" and self.config.trained_betas is None and not self._is_flow
 
     def _build_path(self) -> None:
         """Fills the table (alpha_t, sigma_t) from the config and lays out the whole chain as the first schedule."""
@@ -112,9 +163,16 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep_spacing must be one of {TIMESTEP_SPACINGS}, got {config.timestep_spacing!r}")
         if config.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {config.prediction_type!r}")
+        if config.time_shift_type not in TIME_SHIFT_TYPES:
+            raise ValueError(f"time_shift_type must be one of {TIME_SHIFT_TYPES}, got {config.time_shift_type!r}")
+        if not config.shift > 0:
+            raise ValueError(f"shift must be positive, got {config.shift}")
 
         alphas, sigmas, self.betas = path_table(config)
         self._num_levels = len(alphas)
+        for name in ("mean_squared_noise", "denoising_error"):
+            if config.get(name) is not None and len(config[name]) != len(self):
+                raise ValueError(f"{name} needs one value per train timestep, {len(self)}, got {len(config[name])}")
         # The data, (1, 0), is the row after the last, where Python's index -1 finds it.
         self._alphas = torch.cat([alphas, torch.ones(1, dtype=torch.float64)])
         self._sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
@@ -124,34 +182,44 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         self.alphas = 1 - self.betas
 
         self.num_inference_steps: int | None = None
-        self._set_schedule(np.arange(self._num_levels)[::-1], device=None)
+        self._set_schedule(self.train_timesteps[::-1], device=None)
 
     def __len__(self) -> int:
         return self._num_levels
 
+    @property
+    def train_timesteps(self) -> np.ndarray:
+        """The timesteps of the rows of the table: 0 .. T - 1, and 1 .. T on a flow path, where 0 is the data."""
+        return np.arange(self._num_levels) + self._is_flow
+
     def signal_and_noise(
-        self, timesteps: int | torch.Tensor, dtype: torch.dtype = torch.float64
+        self, timesteps: int | float | torch.Tensor, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Looks up (alpha_t, sigma_t).
 
         Args:
-            timesteps: Train timesteps, 0 .. T - 1, integers of any shape; -1 is the data, (1, 0).
+            timesteps: Train timesteps of any shape: integers 0 .. T - 1, where -1 is the data, (1, 0); on a flow path
+                numbers 0 .. T, where 0 is.
             dtype: Type of the coefficients.
 
         Returns:
             alpha and sigma, each of the shape and on the device of `timesteps`.
 
         Raises:
-            ValueError: For timesteps that are not integers or, where that can be read without waiting for a device,
-                not on the path.
+            ValueError: For timesteps that are not integers though the path is a table or, where that can be read
+                without waiting for a device, not on the path.
         """
         timesteps = torch.as_tensor(timesteps)
-        if timesteps.is_floating_point() or timesteps.is_complex():
+        if timesteps.is_complex() or (timesteps.is_floating_point() and not self._is_flow):
             raise ValueError(f"timesteps must be integers, got {timesteps.dtype}")
+        lowest, highest = (0, self._num_levels) if self._is_flow else (-1, self._num_levels - 1)
         if timesteps.device.type == "cpu" and timesteps.numel() > 0:
-            low, high = int(timesteps.min()), int(timesteps.max())
-            if low < -1 or high >= self._num_levels:
-                raise ValueError(f"timesteps must lie in 0 .. {self._num_levels - 1}, got {low} .. {high}")
+            low, high = timesteps.min().item(), timesteps.max().item()
+            if not lowest <= low <= high <= highest:
+                raise ValueError(f"timesteps must lie in {max(lowest, 0)} .. {highest}, got {low} .. {high}")
+        if self._is_flow:
+            sigmas = timesteps.to(torch.promote_types(dtype, torch.float32)) / self._num_levels
+            return (1 - sigmas).to(dtype), sigmas.to(dtype)
         key = (timesteps.device, dtype)
         if key not in self._tables:  # moved to a device once, so that training does not wait for a copy at every step
             self._tables[key] = (self._alphas.to(dtype).to(key[0]), self._sigmas.to(dtype).to(key[0]))
@@ -159,13 +227,22 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         rows = timesteps.long().reshape(-1)  # a 0-d index would be read on the host
         return alphas[rows].reshape(timesteps.shape), sigmas[rows].reshape(timesteps.shape)
 
+    def _level(self, timestep: int | float) -> Level:
+        """The level of a train timestep, with coefficients that scale a tensor on any device without a copy."""
+        if self._is_flow:
+            sigma = float(timestep) / self._num_levels
+            return Level(float(timestep), 1 - sigma, sigma)
+        return Level(int(timestep), float(self._alphas[int(timestep)]), float(self._sigmas[int(timestep)]))
+
     # ---- the schedule: which levels are visited ---------------------------------------------------------------------
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[int] | torch.Tensor | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
+        mu: float | None = None,
     ) -> None:
         """Chooses the levels to visit.
 
@@ -173,72 +250,134 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: Number of levels N, spaced as `config.timestep_spacing` says.
             device: Device of `self.timesteps`.
             timesteps: The levels themselves, strictly decreasing train timesteps, instead of a number.
+            sigmas: The levels as strictly decreasing noise levels, in the units of Diffusers: sigma_t / alpha_t,
+                rounded to the nearest train timesteps; on a flow path sigma_t, to be shifted as the config says.
+            mu: Shift of the levels of a flow path for this size of image, with `config.use_dynamic_shifting`.
 
         Raises:
-            ValueError: If not exactly one of the two is given, N is not in 1 .. T, or the timesteps are not strictly
-                decreasing within 0 .. T - 1.
+            ValueError: If not exactly one of the three is given, N is not in 1 .. T, the levels are not strictly
+                decreasing or not on the path, or `mu` is missing or has no use.
         """
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                "give exactly one of num_inference_steps and timesteps, "
-                f"got num_inference_steps={num_inference_steps} and timesteps={timesteps}"
-            )
-        if timesteps is None:
-            schedule = self._spaced_timesteps(num_inference_steps)
-        else:
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
+        if sum(value is not None for value in given.values()) != 1:
+            raise ValueError(f"give exactly one of {', '.join(given)}, got {given}")
+        if mu is not None and not self._is_flow:
+            raise ValueError(f"mu shifts the levels of a flow path, and this one has mu={mu} but no flow_prediction")
+        if timesteps is not None:
             schedule = self._checked_timesteps(timesteps)
-        self._check_terminal_snr(int(schedule[0]))
+        elif num_inference_steps is not None:
+            schedule = self._spaced_timesteps(num_inference_steps, mu)
+        elif self._is_flow:
+            schedule = self._shifted_timesteps(_decreasing_positive("sigmas", sigmas), mu)
+        else:
+            schedule = self._timesteps_of_ratios(_decreasing_positive("sigmas", sigmas))
+        self._check_terminal_snr(self._level(schedule[0]))
         self.num_inference_steps = len(schedule)
         self._set_schedule(schedule, device)
 
     def _set_schedule(self, schedule: np.ndarray, device: str | torch.device | None) -> None:
-        self._schedule: list[int] = [int(t) for t in schedule]
-        self.timesteps = torch.from_numpy(schedule.astype(np.int64)).to(device)
+        if self._is_flow:  # each level is the one that the network is told, in float32
+            schedule = schedule.astype(np.float32)
+        levels = [self._level(timestep) for timestep in schedule]
+        self._schedule: list[Visit] = self._visits(levels)
+        timesteps = [visit.here.timestep for visit in self._schedule]
+        self.timesteps = torch.tensor(timesteps, dtype=torch.float32 if self._is_flow else torch.int64, device=device)
+        if self._is_flow:
+            self.sigmas = torch.tensor([visit.here.sigma for visit in self._schedule] + [0.0])  # as Diffusers has it
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    def _spaced_timesteps(self, N: int) -> np.ndarray:
+    def _visits(self, levels: list[Level]) -> list[Visit]:
+        """The network calls on a schedule of levels: one per level, unless a subclass makes more of them."""
+        return [Visit(here, there) for here, there in zip(levels, [*levels[1:], DATA], strict=True)]
+
+    def _checked_count(self, N: Any) -> int:
         T = self._num_levels
         if isinstance(N, bool) or not isinstance(N, (int, np.integer)) or not 1 <= N <= T:
             raise ValueError(f"num_inference_steps must be an integer in 1 .. {T} (the train timesteps), got {N!r}")
-        spacing = self.config.timestep_spacing
-        if spacing == "leading":
-            timesteps = np.arange(N)[::-1] * (T // N) + self.config.steps_offset
-        elif spacing == "linspace":
-            timesteps = np.linspace(0, T - 1, N)[::-1] if N > 1 else np.array([T - 1])
-        elif spacing == "trailing":
-            timesteps = np.arange(T, 0, -T / N)[:N].round() - 1  # rounds as in Diffusers; arange may overshoot
-        else:
-            timesteps = self._karras_timesteps(N)
+        return int(N)
+
+    def _spaced_timesteps(self, N: int, mu: float | None = None) -> np.ndarray:
+        """N levels, spaced as `config.timestep_spacing` says."""
+        N, T, spacing = self._checked_count(N), self._num_levels, self.config.timestep_spacing
+        if spacing == "geometric":
+            return self._timesteps_of_ratios(np.geomspace(*self._extreme_ratios(), N))
+        if spacing == "karras":
+            return self._timesteps_of_ratios(karras_ratios(*self._extreme_ratios(), N))
+        if spacing == "optimal":
+            return optimal_timesteps(self._alphas[:-1], self._sigmas[:-1], self._denoising_error(), N) + self._is_flow
+        if self._is_flow:
+            return self._shifted_timesteps(spaced_flow_sigmas(spacing, N, self._smallest_flow_sigma()), mu)
+        timesteps = spaced_timesteps(spacing, N, T, self.config.steps_offset)
         return strictly_decreasing(timesteps.round().astype(np.int64), T)
 
-    def _karras_timesteps(self, N: int) -> np.ndarray:
-        """The train timesteps whose noise-to-signal ratios lie nearest to Karras et al. 2022, Eq. 5."""
-        self._check_terminal_snr(self._num_levels - 1, needed_by="timestep_spacing='karras', which spaces log SNR,")
-        ratio = (self._sigmas[:-1] / self._alphas[:-1]).numpy()  # (T,), increasing
-        ramp = np.linspace(0, 1, N)
-        largest, smallest = ratio[-1] ** (1 / KARRAS_RHO), ratio[0] ** (1 / KARRAS_RHO)
-        wanted = (largest + ramp * (smallest - largest)) ** KARRAS_RHO
-        return np.interp(np.log(wanted), np.log(ratio), np.arange(self._num_levels))
+    def _extreme_ratios(self) -> tuple[float, float]:
+        """The largest and the smallest noise-to-signal ratio of the table, where there is signal."""
+        if not self._is_flow:
+            needed_by = f"timestep_spacing={self.config.timestep_spacing!r}, which spaces log SNR,"
+            self._check_terminal_snr(self._level(self._num_levels - 1), needed_by)
+        alphas, sigmas = self._alphas[:-1], self._sigmas[:-1]
+        has_signal = alphas > 0
+        ratios = sigmas[has_signal] / alphas[has_signal]
+        return ratios[-1].item(), ratios[0].item()
 
-    def _checked_timesteps(self, timesteps: Sequence[int] | torch.Tensor) -> np.ndarray:
+    def _timesteps_of_ratios(self, wanted: np.ndarray) -> np.ndarray:
+        """The train timesteps whose noise-to-signal ratios are nearest, in the logarithm; exact on a flow path."""
+        if self._is_flow:
+            return wanted / (1 + wanted) * self._num_levels
+        has_signal = (self._alphas[:-1] > 0).numpy()
+        ratios = (self._sigmas[:-1] / self._alphas[:-1]).numpy()[has_signal]  # increasing
+        nearest = np.interp(np.log(wanted), np.log(ratios), np.arange(len(ratios)))
+        return strictly_decreasing(nearest.round().astype(np.int64), self._num_levels)
+
+    def _denoising_error(self) -> np.ndarray:
+        if self.config.denoising_error is None:
+            raise ValueError(
+                "timestep_spacing='optimal' needs the measured denoising error of the network: call "
+                "annealers.calibration.calibrate_spacing first"
+            )
+        return np.asarray(self.config.denoising_error)
+
+    def _smallest_flow_sigma(self) -> float:
+        """As in `FlowMatchEulerDiscreteScheduler`, which shifts this one and then all, so this one twice."""
+        smallest = 1 / self._num_levels
+        return smallest if self.config.use_dynamic_shifting else float(shifted(np.array(smallest), self.config.shift))
+
+    def _shifted_timesteps(self, sigmas: np.ndarray, mu: float | None) -> np.ndarray:
+        """The timesteps of the levels of a flow path, after they are shifted as the config says."""
+        config = self.config
+        if config.use_dynamic_shifting and mu is None:
+            raise ValueError("use_dynamic_shifting=True needs mu, the shift for the size of the image, got None")
+        if sigmas[0] > 1 + 1e-6:
+            raise ValueError(f"sigmas of a flow path must lie in 0 .. 1, got {sigmas[0]}")
+        shift = config.shift
+        if config.use_dynamic_shifting:
+            shift = float(np.exp(mu)) if config.time_shift_type == "exponential" else mu
+        sigmas = shifted(sigmas, shift)
+        if config.shift_terminal:
+            sigmas = stretched_to_terminal(sigmas, config.shift_terminal)
+        return np.minimum(sigmas, 1.0) * self._num_levels
+
+    def _checked_timesteps(self, timesteps: Sequence[float] | torch.Tensor) -> np.ndarray:
         values = np.asarray(timesteps.cpu() if isinstance(timesteps, torch.Tensor) else timesteps)
         T = self._num_levels
-        if values.ndim != 1 or len(values) == 0 or not np.array_equal(values, values.astype(np.int64)):
-            raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps}")
-        if values.max() >= T or values.min() < 0:
-            raise ValueError(f"timesteps must lie in 0 .. {T - 1}, got {values.min()} .. {values.max()}")
+        kind = "numbers" if self._is_flow else "integers"
+        if values.ndim != 1 or len(values) == 0 or not (self._is_flow or np.array_equal(values, values.astype(int))):
+            raise ValueError(f"timesteps must be a non-empty list of {kind}, got {timesteps}")
+        low, high = (0, T) if self._is_flow else (0, T - 1)
+        if values.max() > high or values.min() < low or (self._is_flow and values.min() == 0):
+            raise ValueError(f"timesteps must lie in {low} .. {high}, got {values.min()} .. {values.max()}")
         if (np.diff(values) >= 0).any():
             raise ValueError(f"timesteps must be strictly decreasing, got {values.tolist()}")
-        return values.astype(np.int64)
+        return values if self._is_flow else values.astype(np.int64)
 
-    def _check_terminal_snr(self, timestep: int, needed_by: str | None = None) -> None:
-        if self._alphas[timestep] > 0:
+    def _check_terminal_snr(self, level: Level, needed_by: str | None = None) -> None:
+        if level.alpha > 0:
             return
         if needed_by is None and self.config.prediction_type in ("epsilon", "score"):
             needed_by = f"prediction_type={self.config.prediction_type!r}, unlike 'v_prediction' and 'sample',"
         if needed_by is not None:
-            raise ValueError(f"timestep {timestep} has no signal (alpha = 0), and {needed_by} needs some")
+            raise ValueError(f"timestep {level.timestep} has no signal (alpha = 0), and {needed_by} needs some")
 
     # ---- the position in the schedule -------------------------------------------------------------------------------
 
@@ -259,7 +398,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         """Position of this call in `timesteps`, without waiting for a device.
 
         The `t` of `for t in scheduler.timesteps` is a view into that tensor, and its offset is its position. Any other
-        timestep is matched with the entry that is due, and by value if it is not that one.
+        timestep is matched with the entry that is due. If it is not that one, sampling starts anew at its level: at an
+        entry that begins one, see `order`.
         """
         if isinstance(timestep, torch.Tensor):
             if timestep.numel() != 1:
@@ -272,22 +412,15 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"all {len(self._schedule)} steps are taken; call set_timesteps to start again")
             return due
         value = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
-        if due is not None and due < len(self._schedule) and self._schedule[due] == value:
+        if due is not None and due < len(self._schedule) and self._schedule[due].here.timestep == value:
             return due
-        if value not in self._schedule:
+        matches = [i for i, visit in enumerate(self._schedule) if visit.here.timestep == value]
+        if not matches:
             raise ValueError(
                 f"timestep {value} is not one of the {len(self._schedule)} of the schedule, "
-                f"{self._schedule[0]} .. {self._schedule[-1]}; see set_timesteps"
+                f"{self._schedule[0].here.timestep} .. {self._schedule[-1].here.timestep}; see set_timesteps"
             )
-        return self._schedule.index(value)
-
-    def _levels(self, position: int) -> tuple[int, int]:
-        """Train timesteps of a step: the level it leaves and the one it goes to, -1 for the data."""
-        return self._schedule[position], (self._schedule + [-1])[position + 1]
-
-    def _coefficients(self, timestep: int) -> tuple[float, float]:
-        """(alpha_t, sigma_t) as Python floats, which scale a tensor on any device without a copy."""
-        return float(self._alphas[timestep]), float(self._sigmas[timestep])
+        return next((i for i in matches if i % self.order == 0), matches[0])
 
     # ---- forward: data to noise -------------------------------------------------------------------------------------
 
@@ -296,20 +429,28 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | float | torch.Tensor
     ) -> torch.Tensor:
         """Draws x_t = alpha_t x_0 + sigma_t eps for any train timesteps, (), (1,) or (B,). Returns (B, *)."""
         alpha, sigma = self._aligned(original_samples, timesteps)
         noisy = alpha * original_samples.to(alpha.dtype) + sigma * noise.to(alpha.dtype)
         return noisy.to(original_samples.dtype)
 
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: int | float | torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """`add_noise` by the name and in the order that flow-matching pipelines use."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(
+        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | float | torch.Tensor
+    ) -> torch.Tensor:
         """Computes v = alpha_t eps - sigma_t x_0, where x_0 is `sample` (Salimans & Ho 2022, arXiv:2202.00512)."""
         alpha, sigma = self._aligned(sample, timesteps)
         return (alpha * noise.to(alpha.dtype) - sigma * sample.to(alpha.dtype)).to(sample.dtype)
 
     def training_target(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | float | torch.Tensor
     ) -> torch.Tensor:
         """What a network of this `prediction_type` should have returned for x_t. Returns (B, *)."""
         prediction_type = self.config.prediction_type
@@ -319,6 +460,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             return original_samples
         if prediction_type == "v_prediction":
             return self.get_velocity(original_samples, noise, timesteps)
+        if prediction_type == "flow_prediction":
+            return noise - original_samples
         _, sigma = self._aligned(noise, timesteps)
         return (-noise.to(sigma.dtype) / sigma).to(noise.dtype)  # the score of q(x_t | x_0)
 
@@ -349,7 +492,9 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         s = timesteps - 1 if previous_timesteps is None else previous_timesteps
         return transition(*self._aligned(sample, timesteps), *self._aligned(sample, s))
 
-    def _aligned(self, sample: torch.Tensor, timesteps: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _aligned(
+        self, sample: torch.Tensor, timesteps: int | float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha_t, sigma_t) with the axes of `sample`, (B, 1, ..), in its working precision and on its device."""
         timesteps = torch.as_tensor(timesteps, device=sample.device)
         if timesteps.numel() not in (1, len(sample)):
@@ -361,7 +506,7 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
     # ---- from the output of the network to x_0 ----------------------------------------------------------------------
 
     def original_sample(
-        self, model_output: torch.Tensor, sample: torch.Tensor, timesteps: int | torch.Tensor
+        self, model_output: torch.Tensor, sample: torch.Tensor, timesteps: int | float | torch.Tensor
     ) -> torch.Tensor:
         """The prediction of x_0, unclipped, at any train timesteps, () or (B,). Returns (B, *)."""
         alpha, sigma = self._aligned(sample, timesteps)
@@ -377,7 +522,40 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             return model_output
         if prediction_type == "v_prediction":  # Salimans & Ho 2022, App. D, where alpha^2 + sigma^2 = 1
             return alpha * sample - sigma * model_output
+        if prediction_type == "flow_prediction":  # of eps - x_0, where alpha + sigma = 1
+            return sample - sigma * model_output
         return (sample + sigma**2 * model_output) / alpha  # Tweedie's formula
+
+    def _noise_and_original(
+        self, model_output: torch.Tensor, sample: torch.Tensor, level: Level
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The predictions of eps and x_0 at a state of the working precision, consistent with each other, restricted.
+
+        Without signal (alpha = 0) the state is the noise. Where nothing restricts x_0, eps is not computed by way of
+        it, because that loses digits close to the data.
+        """
+        alpha, sigma = level.alpha, level.sigma
+        x_0 = self._original_sample(model_output, sample, alpha, sigma)
+        if self.config.thresholding or self.config.clip_sample:
+            x_0 = self._restrict(x_0)
+            return (sample - alpha * x_0) / sigma, x_0
+        prediction_type = self.config.prediction_type
+        if prediction_type == "epsilon":
+            return model_output, x_0
+        if prediction_type == "v_prediction":
+            return sigma * sample + alpha * model_output, x_0
+        if prediction_type == "flow_prediction":
+            return sample + alpha * model_output, x_0
+        if prediction_type == "score":
+            return -sigma * model_output, x_0
+        return (sample - alpha * x_0) / sigma, x_0
+
+    def _check_shape(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"the model output must have the shape of the sample, {tuple(sample.shape)}, "
+                f"got {tuple(model_output.shape)}"
+            )
 
     def _restrict(self, original_sample: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, Sec. 2.3), or clipping to a fixed range."""
@@ -409,86 +587,8 @@ def standard_normal(
     return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
 
 
-# ---- ways to fill the table -----------------------------------------------------------------------------------------
-
-
-def path_table(config: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(alpha_t, sigma_t), float64, and beta_t, float32, each (T,), as the config of a scheduler asks for."""
-    schedule, T = config.beta_schedule, config.num_train_timesteps
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-        raise ValueError(f"num_train_timesteps must be a positive integer, got {T!r}")
-    if config.trained_betas is None and schedule not in BETA_SCHEDULES:
-        raise ValueError(f"beta_schedule must be one of {BETA_SCHEDULES}, got {schedule!r}")
-    if config.trained_betas is None and schedule == "geometric":
-        if config.rescale_betas_zero_snr:
-            raise ValueError(
-                "rescale_betas_zero_snr is for beta schedules; a geometric ladder ends where sigma_max says"
-            )
-        alphas, sigmas = geometric_ladder(config.sigma_min, config.sigma_max, T)
-        return alphas, sigmas, one_step_betas(alphas**2)
-
-    if config.trained_betas is not None:
-        betas = torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
-    else:
-        betas = beta_table(schedule, config.beta_start, config.beta_end, T)
-    if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas <= 1)).all():
-        raise ValueError(f"betas must be a list of numbers in (0, 1], got {betas}")
-    alphas_cumprod = (1 - betas).cumprod(0)
-    if config.rescale_betas_zero_snr:
-        alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
-        betas = one_step_betas(alphas_cumprod)
-    if not (torch.cat([torch.ones_like(betas[:1]), alphas_cumprod]).diff() < 0).all():
-        raise ValueError(
-            "each timestep must lose signal, but in float32 the product of 1 - beta stays where it is: betas from "
-            f"{betas.min().item()} to {betas.max().item()} over {len(betas)} timesteps"
-        )
-    alphas_cumprod = alphas_cumprod.double()
-    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), betas
-
-
-def one_step_betas(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """beta_t = 1 - alpha_t^2 / alpha_{t-1}^2, (T,), float32."""
-    return (1 - alphas_cumprod / torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])).float()
-
-
-def beta_table(schedule: str, beta_start: float, beta_end: float, T: int) -> torch.Tensor:
-    """beta_t, (T,), named as in Diffusers and, like there, float32: the path that its networks are trained on."""
-    if schedule == "linear":  # Ho et al. 2020, Sec. 4
-        return torch.linspace(beta_start, beta_end, T, dtype=torch.float32)
-    if schedule == "scaled_linear":  # latent diffusion: linear in sqrt(beta)
-        return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float32) ** 2
-    if schedule == "sigmoid":  # GeoDiff
-        return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float32)) * (beta_end - beta_start) + beta_start
-    # squaredcos_cap_v2: Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17
-    t = torch.arange(T + 1, dtype=torch.float64) / T
-    alphas_cumprod = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=MAX_BETA).float()
-
-
-def geometric_ladder(sigma_min: float | None, sigma_max: float | None, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A variance-exploding ladder, sigma_min .. sigma_max in units of the data, in variance-preserving coordinates."""
-    if sigma_min is None or sigma_max is None or not 0 < sigma_min < sigma_max:
-        raise ValueError(
-            "beta_schedule='geometric' needs 0 < sigma_min < sigma_max, for instance 0.01 and 50 (CIFAR-10 in Song "
-            f"& Ermon 2020, arXiv:2006.09011), got sigma_min={sigma_min} and sigma_max={sigma_max}"
-        )
-    exponent = torch.linspace(0, 1, T, dtype=torch.float64)
-    levels = sigma_min * (sigma_max / sigma_min) ** exponent
-    norm = (1 + levels**2).sqrt()
-    return 1 / norm, levels / norm
-
-
-def rescale_to_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Shifts and scales alpha_t so that the last is 0 and the first is unchanged (Lin et al. 2023, Algorithm 1)."""
-    alphas = alphas_cumprod.sqrt()
-    first, last = alphas[0], alphas[-1]
-    return ((alphas - last) * first / (first - last)) ** 2
-
-
-def strictly_decreasing(timesteps: np.ndarray, T: int) -> np.ndarray:
-    """A strictly decreasing schedule within 0 .. T - 1: levels that coincide move up, those that overshoot down."""
-    N = len(timesteps)
-    timesteps = np.maximum(timesteps, np.arange(N)[::-1])
-    for i in reversed(range(N - 1)):
-        timesteps[i] = max(timesteps[i], timesteps[i + 1] + 1)
-    return np.minimum(timesteps, T - 1 - np.arange(N))
+def _decreasing_positive(name: str, values: Sequence[float] | np.ndarray | torch.Tensor) -> np.ndarray:
+    values = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0 or not (values > 0).all() or (np.diff(values) >= 0).any():
+        raise ValueError(f"{name} must be positive and strictly decreasing, got {values.tolist()}")
+    return values

@@ -14,17 +14,25 @@ if TYPE_CHECKING:
     from annealers import exact
     from annealers.hub import export
     from annealers.pipelines import AnnealersPipeline, GuidedDiffusionPipeline
-    from annealers.schedulers import DDPMAncestralScheduler
+    from annealers.schedulers import (
+        AnnealedLangevinScheduler,
+        DDPMAncestralScheduler,
+        ModifiedEulerMaruyamaScheduler,
+        PredictorCorrectorScheduler,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnnealedLangevinScheduler",
     "AnnealersPipeline",
     "ConfigMixin",
     "DDPMAncestralScheduler",
     "DiffusionPipeline",
     "GuidedDiffusionPipeline",
     "ModelMixin",
+    "ModifiedEulerMaruyamaScheduler",
+    "PredictorCorrectorScheduler",
     "SchedulerMixin",
     "exact",
     "export",
@@ -35,7 +43,10 @@ _HOMES = {
     "DiffusionPipeline": "diffusers",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
+    "AnnealedLangevinScheduler": "annealers.schedulers",
     "DDPMAncestralScheduler": "annealers.schedulers",
+    "ModifiedEulerMaruyamaScheduler": "annealers.schedulers",
+    "PredictorCorrectorScheduler": "annealers.schedulers",
     "AnnealersPipeline": "annealers.pipelines",
     "GuidedDiffusionPipeline": "annealers.pipelines",
     "export": "annealers.hub",

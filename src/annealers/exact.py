@@ -62,7 +62,7 @@ __all__ = [
     "path_point",
 ]
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
 
 Coefficient = float | torch.Tensor  # one value for all, or one per sample
 Values = float | torch.Tensor | Sequence  # a number, a tensor, or nested lists of numbers
@@ -169,15 +169,22 @@ class Law(ABC):
         noise = -sigma * self._score(rows, alpha, sigma)
         return (alpha * noise - sigma * self._posterior_mean(rows, alpha, sigma)).reshape(x.shape).to(x.dtype)
 
+    def flow(self, x: torch.Tensor, alpha: Coefficient = 1.0, sigma: Coefficient = 0.0) -> torch.Tensor:
+        """E[eps - x_0 | x_t = x], of the shape of `x`: the velocity of flow matching, where alpha = 1 - sigma."""
+        rows, alpha, sigma = self._rows(x, alpha, sigma)
+        noise = -sigma * self._score(rows, alpha, sigma)
+        return (noise - self._posterior_mean(rows, alpha, sigma)).reshape(x.shape).to(x.dtype)
+
     def prediction(
         self, prediction_type: str, x: torch.Tensor, alpha: Coefficient = 1.0, sigma: Coefficient = 0.0
     ) -> torch.Tensor:
-        """What an ideal network outputs at x_t = x; "epsilon", "sample", "v_prediction" or "score"."""
+        """What an ideal network of this prediction type outputs at x_t = x."""
         predict = {
             "epsilon": self.noise,
             "sample": self.denoise,
             "v_prediction": self.velocity,
             "score": self.score,
+            "flow_prediction": self.flow,
         }[_checked_prediction_type(prediction_type)]
         return predict(x, alpha, sigma)
 
@@ -477,7 +484,7 @@ class ExactModel(nn.Module):
     Args:
         law: The law of the data.
         scheduler: Says which (alpha, sigma) a timestep stands for; see `path_point`.
-        prediction_type: "epsilon", "sample", "v_prediction" or "score". None = the scheduler's own.
+        prediction_type: "epsilon", "sample", "v_prediction", "score" or "flow_prediction". None = the scheduler's own.
 
     Raises:
         ValueError: If the prediction type is none of these.
@@ -493,7 +500,7 @@ class ExactModel(nn.Module):
         super().__init__()
         self.law = law
         self.scheduler = scheduler
-        self.prediction_type = _checked_prediction_type(prediction_type or scheduler.config.get("prediction_type"))
+        self.prediction_type = _checked_prediction_type(prediction_type or _prediction_type_of(scheduler))
 
     def forward(
         self,
@@ -523,7 +530,7 @@ class ConditionalExactModel(nn.Module):
     Args:
         laws: The law of each class, by its label; for guidance the last may be the null class, the law of all data.
         scheduler: Says which (alpha, sigma) a timestep stands for; see `path_point`.
-        prediction_type: "epsilon", "sample", "v_prediction" or "score". None = the scheduler's own.
+        prediction_type: "epsilon", "sample", "v_prediction", "score" or "flow_prediction". None = the scheduler's own.
 
     Raises:
         ValueError: If there is no law, their event shapes differ, or the prediction type is unknown.
@@ -536,7 +543,7 @@ class ConditionalExactModel(nn.Module):
             raise ValueError(f"need at least one law, and all of one event shape, got event shapes {event_shapes}")
         self.laws = list(laws)
         self.scheduler = scheduler
-        self.prediction_type = _checked_prediction_type(prediction_type or scheduler.config.get("prediction_type"))
+        self.prediction_type = _checked_prediction_type(prediction_type or _prediction_type_of(scheduler))
 
     def forward(
         self,
@@ -585,10 +592,11 @@ def path_point(scheduler: ConfigMixin, timestep: int | float | torch.Tensor) -> 
     A scheduler with `signal_and_noise` (those of this package) is asked; any other is read through its
     `alphas_cumprod`, alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar). That also holds for those of Diffusers
     that step in variance-exploding coordinates: their `scale_model_input` hands the network variance-preserving ones.
+    A flow-matching scheduler, which predicts the flow or has no prediction type but a `shift`, is at sigma = t / T.
 
     Args:
         scheduler: The scheduler.
-        timestep: Train timestep, a number or a tensor of any shape; floats must be whole numbers.
+        timestep: Train timestep, a number or a tensor of any shape; floats must be whole numbers but for flows.
 
     Returns:
         alpha and sigma, float64, each of the shape and on the device of `timestep`.
@@ -597,6 +605,11 @@ def path_point(scheduler: ConfigMixin, timestep: int | float | torch.Tensor) -> 
         ValueError: If the timestep is fractional or off the table, or the scheduler has neither attribute.
     """
     timesteps = torch.as_tensor(timestep)
+    if _is_flow(scheduler):
+        sigma = timesteps.double() / scheduler.config.num_train_timesteps
+        if ((sigma < 0) | (sigma > 1)).any():
+            raise ValueError(f"timestep must lie in 0 .. {scheduler.config.num_train_timesteps}, got {timestep}")
+        return 1 - sigma, sigma
     if timesteps.is_floating_point() and not torch.equal(timesteps, timesteps.round()):
         raise ValueError(f"timestep must be whole, because the path is a table over train timesteps, got {timestep}")
     timesteps = timesteps.long()
@@ -610,6 +623,15 @@ def path_point(scheduler: ConfigMixin, timestep: int | float | torch.Tensor) -> 
         raise ValueError(f"timestep must lie in 0 .. {len(alphas_cumprod) - 1}, got {timestep}")
     alpha_bar = alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def _prediction_type_of(scheduler: ConfigMixin) -> str | None:
+    return "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type")
+
+
+def _is_flow(scheduler: ConfigMixin) -> bool:
+    prediction_type = scheduler.config.get("prediction_type")
+    return prediction_type == "flow_prediction" or (prediction_type is None and "shift" in scheduler.config)
 
 
 # ---- checked inputs ------------------------------------------------------------------------------------------------

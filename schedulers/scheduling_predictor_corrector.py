@@ -1,0 +1,413 @@
+r"""Predictor-corrector sampling.
+
+A predictor walks from one noise level to the next; on the new level, M Langevin steps correct the law of the state:
+
+    predict    x_s ~ N(mean, variance) of the chosen reverse step t -> s           see `reverse_steps`
+    correct    x <- x + delta s(x) + sqrt(2 delta) z,  M times                     Song et al. 2021, Algorithms 1-5
+
+    sigma         delta = 2 (r sigma)^2                     the same for all samples; the default
+    norm          delta = 2 (r |z| / |s|)^2                 each sample its own
+    batch_norm    delta = 2 (r mean|z| / mean|s|)^2         as published: a sample depends on its batch
+
+r is the corrector's signal-to-noise ratio. delta <= sigma^2, so r <= sqrt(1/2), keeps the corrector a contraction for
+any data; steps measured by norms are held to that too. The step by norms depends on the state and so does not keep the
+law exactly. `leimkuhler_matthews` averages each noise with the next,
+
+    x <- x + delta s(x) + sqrt(2 delta) (z_k + z_{k+1}) / 2
+
+which leaves a Gaussian law of any variance unchanged, where the plain step makes it too wide by delta / 2. The average
+needs a z_k that the state already contains: the one of the last corrector step or, for the first, a share of the
+predictor's noise. If that holds too little, what lacks is drawn anew (with none at all, sqrt(3) z in its place, right
+to first order).
+
+Published signal-to-noise ratios are 0.16 for variance-exploding and 0.01 for variance-preserving networks (Song et al.
+2021, App. G); with exact scores larger ones, 0.3 to 0.45, are better on any path.
+
+The network is called once on the first level, where unit noise needs no correction, and M + 1 times on each of the
+others: M corrections, then the prediction. `timesteps` repeats them so, and `order` is M + 1. With layout="full" the
+first level is corrected too, which is the order of the published code. On levels outside of `corrector_range` nothing
+is corrected, and their M + 1 calls are M + 1 prediction steps instead.
+
+    symbol    code              shape    meaning
+    x         sample            (B, *)   state
+    s         -eps-hat / sigma  (B, *)   score
+    delta     step_size         ()       step size of the corrector, (B, 1, ..) when measured by norms
+    r         snr               ()       signal-to-noise ratio of the corrector
+    M         corrector_steps   ()       corrections on a level
+
+Sources: Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole 2021, "Score-Based Generative Modeling through Stochastic
+Differential Equations", arXiv:2011.13456; Leimkuhler & Matthews 2013, "Rational Construction of Stochastic Numerical
+Methods for Molecular Sampling", Appl. Math. Res. Express 2013; Lu, Zhou, Bao, Chen, Li, Zhu 2022, "DPM-Solver++",
+arXiv:2211.01095 (the second-order probability flow).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from annealers.schedulers.gaussian_path import (
+    DATA,
+    GaussianPathSchedulerOutput,
+    Level,
+    Visit,
+    standard_normal,
+    transition,
+    working_dtype,
+)
+from annealers.schedulers.langevin import langevin_step, signal_kept
+from annealers.schedulers.path_tables import strictly_decreasing
+from annealers.schedulers.reverse_steps import (
+    ddim,
+    ddpm,
+    euler_maruyama,
+    modified_euler_maruyama,
+    probability_flow,
+    reverse_diffusion,
+)
+from annealers.schedulers.reverse_variance import VARIANCE_TYPES, ReverseVariance
+
+PREDICTORS = (
+    "ddpm",
+    "ddim",
+    "euler_maruyama",
+    "modified_euler_maruyama",
+    "reverse_diffusion",
+    "probability_flow",
+    "none",
+)
+SDE_STEPS = {
+    "euler_maruyama": euler_maruyama,
+    "modified_euler_maruyama": modified_euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+}
+CORRECTORS = ("langevin", "leimkuhler_matthews")
+STEP_SIZE_RULES = ("sigma", "norm", "batch_norm")
+LAYOUTS = ("heun", "full")
+LARGEST_SNR = math.sqrt(0.5)
+
+
+class ContainedNoise(NamedTuple):
+    """Noise that the state is known to contain, as x = (what does not depend on it) + scale z."""
+
+    z: torch.Tensor
+    scale: float | torch.Tensor
+
+
+class Prediction(NamedTuple):
+    """x̂_0 as the last prediction step saw it."""
+
+    level: Level
+    x_0: torch.Tensor
+
+
+class PredictorCorrectorScheduler(ReverseVariance):
+    """Samples by predictor and corrector steps. The arguments that Diffusers has keep its names and defaults.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, sigma_min,
+            sigma_max, prediction_type: The path and the network, as in `DDPMAncestralScheduler`.
+        predictor: "ddpm" with the variance of `variance_type`, "ddim" with `eta`, "euler_maruyama",
+            "modified_euler_maruyama", "reverse_diffusion", "probability_flow" of `solver_order`, or "none": the levels
+            are corrected only, with the closing call that denoises, as in `AnnealedLangevinScheduler`.
+        variance_type: Variance of the predictor "ddpm", as in `DDPMAncestralScheduler`.
+        eta: Noise of "ddim", 0 .. 1: none to that of "ddpm".
+        solver_order: Order of "probability_flow", 1 or 2.
+        corrector: "langevin" or "leimkuhler_matthews".
+        corrector_steps: M, >= 0.
+        snr: r, in 0 .. sqrt(1/2): delta = 2 (r sigma)^2.
+        step_size_rule: "sigma", "norm" or "batch_norm", see the top of this file.
+        corrector_range: The part of the train timesteps, (low, high) in 0 .. 1, on whose levels the corrector acts.
+        layout: "heun" or "full": whether the first level is corrected as well.
+        last_step_noise: Whether the step to the data keeps the noise of `variance_type`.
+        clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: How x̂_0 is kept in
+            range, as in `DDPMAncestralScheduler`.
+        mean_squared_noise: As in `DDPMAncestralScheduler`.
+        timestep_spacing, steps_offset, denoising_error, shift, use_dynamic_shifting, time_shift_type, shift_terminal:
+            The levels, as in `DDPMAncestralScheduler`.
+
+    Example:
+        >>> from annealers import PredictorCorrectorScheduler
+        >>> scheduler = PredictorCorrectorScheduler(corrector_steps=1, timestep_spacing="trailing")
+        >>> scheduler.set_timesteps(3)
+        >>> scheduler.timesteps.tolist(), scheduler.order
+        ([999, 666, 666, 332, 332], 2)
+    """
+
+    __module__ = "annealers"  # the name that model_index.json records
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        predictor: str = "ddpm",
+        variance_type: str | None = "fixed_small",
+        eta: float = 0.0,
+        solver_order: int = 1,
+        corrector: str = "langevin",
+        corrector_steps: int = 1,
+        snr: float = 0.16,  # variance-exploding networks, Song et al. 2021, App. G
+        step_size_rule: str = "sigma",
+        corrector_range: tuple[float, float] | list[float] = (0.0, 1.0),
+        layout: str = "heun",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        last_step_noise: bool = False,
+        mean_squared_noise: list[float] | None = None,
+        denoising_error: list[float] | None = None,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+    ) -> None:
+        for name, value, choices in (
+            ("predictor", predictor, PREDICTORS),
+            ("variance_type", variance_type, list(VARIANCE_TYPES)),
+            ("solver_order", solver_order, (1, 2)),
+            ("corrector", corrector, CORRECTORS),
+            ("step_size_rule", step_size_rule, STEP_SIZE_RULES),
+            ("layout", layout, LAYOUTS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        fewest = 1 if predictor == "none" else 0
+        if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, int) or corrector_steps < fewest:
+            raise ValueError(
+                f"corrector_steps must be an integer >= {fewest} with predictor={predictor!r}, got {corrector_steps!r}"
+            )
+        if not 0 <= snr <= LARGEST_SNR:
+            raise ValueError(
+                f"snr must lie in 0 .. sqrt(1/2) = {LARGEST_SNR:.4f}, where the corrector's step 2 (snr sigma)^2 is at "
+                f"most sigma^2 and stable for any data, got {snr}"
+            )
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
+        if len(corrector_range) != 2 or not 0 <= corrector_range[0] <= corrector_range[1] <= 1:
+            raise ValueError(f"corrector_range must be (low, high) with 0 <= low <= high <= 1, got {corrector_range}")
+        self.order = corrector_steps if predictor == "none" else corrector_steps + 1
+        self._build_path()
+
+    # ---- the network calls on each level ----------------------------------------------------------------------------
+
+    def _visits(self, levels: list[Level]) -> list[Visit]:
+        """M corrections, which stay, and then the prediction, which leaves, on each level; the first is a start."""
+        if self.config.predictor == "none":
+            return self._corrections_only(levels)
+        M = self.config.corrector_steps
+        stops: list[tuple[Level, int]] = []  # a level, and the corrections on it
+        if self.config.layout == "heun":
+            stops.append((levels[0], 0))
+            levels = levels[1:]
+        for i, level in enumerate(levels):
+            if self._is_corrected(level):
+                stops.append((level, M))
+            elif self.num_inference_steps is None:  # the whole chain, before set_timesteps: nothing is in between
+                stops.append((level, 0))
+            elif i == 0 or self._is_corrected(levels[i - 1]):  # the first of a run of levels that are not corrected
+                end = next((j for j in range(i, len(levels)) if self._is_corrected(levels[j])), len(levels))
+                stops += [(between, 0) for between in self._subdivided(levels[i:end], [*levels, DATA][end])]
+        visits = []
+        for (here, corrections), (there, _) in zip(stops, [*stops[1:], (DATA, 0)], strict=True):
+            visits += [Visit(here, here)] * corrections + [Visit(here, there)]
+        return visits
+
+    def _corrections_only(self, levels: list[Level]) -> list[Visit]:
+        visits = []
+        for here, there in zip(levels, [*levels[1:], levels[-1]], strict=True):
+            visits += [Visit(here, here)] * (self.config.corrector_steps - 1) + [Visit(here, there)]
+        return [*visits, Visit(levels[-1], DATA)]
+
+    def _is_corrected(self, level: Level) -> bool:
+        low, high = self.config.corrector_range
+        return low <= level.timestep / (self._num_levels - (not self._is_flow)) <= high
+
+    def _subdivided(self, run: list[Level], end: Level) -> list[Level]:
+        """M + 1 levels in the place of each of a run of levels, down to the next one after them, evenly in between."""
+        parts, M = len(run), self.config.corrector_steps
+        last = end.timestep if end.sigma > 0 else self.train_timesteps[0] - 1
+        anchors = [level.timestep for level in run] + [last]
+        wanted = np.interp(np.arange(parts * (M + 1)) / (M + 1), np.arange(parts + 1), anchors)
+        if self._is_flow:
+            return [self._level(np.float32(timestep)) for timestep in wanted]
+        room = int(run[0].timestep - last)
+        if len(wanted) > room:
+            raise ValueError(
+                f"outside of corrector_range={tuple(self.config.corrector_range)} each level becomes {M + 1} steps, "
+                f"{len(wanted)} from timestep {run[0].timestep} on, and there are {room} train timesteps: use fewer "
+                "levels, fewer corrector_steps or a wider range"
+            )
+        # counted from the end of the run; nothing moves above its first level
+        offsets = strictly_decreasing(np.round(wanted - last - 1).astype(np.int64), room)
+        return [self._level(int(offset + last + 1)) for offset in offsets]
+
+    # ---- reverse: noise to data -------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> GaussianPathSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Takes the step that is due on the level of `timestep`: a correction, or the prediction of the next level.
+
+        Args:
+            model_output: Output of the network at (`sample`, `timestep`), (B, *); with learned variance (B, 2C, *).
+            timestep: The entry of `timesteps` that the sample is on.
+            sample: x, (B, *).
+            generator: Source of the noise; a list gives each sample its own.
+            return_dict: Whether to return a `GaussianPathSchedulerOutput` rather than a tuple.
+
+        Returns:
+            The next x and x̂_0, both (B, *), in the dtype of `sample`.
+
+        Raises:
+            ValueError: If the output's shape does not fit, the timestep is not in the schedule, or the variance is
+                "optimal" and not calibrated.
+        """
+        position = self._position(timestep)
+        here, there = self._schedule[position]
+        self._check_terminal_snr(here)
+        if position != self._step_index:  # a run begins here: nothing is remembered of another
+            self._forget()
+
+        dtype = working_dtype(sample)
+        x = sample.to(dtype)
+        prediction, variance_values = self._split(model_output.to(dtype), sample)
+        eps, x_0 = self._noise_and_original(prediction, x, here)
+        if there == here:
+            x = self._correct(x, eps, here, generator)
+        elif self.config.predictor != "none":
+            x = self._predict(x, eps, x_0, here, there, variance_values, generator)
+        elif there == DATA:
+            x = x_0
+        else:
+            x = self._correct(x, eps, here, generator) * signal_kept(here, there)
+
+        self._step_index = position + 1
+        x, x_0 = x.to(sample.dtype), x_0.to(sample.dtype)
+        return GaussianPathSchedulerOutput(x, x_0) if return_dict else (x, x_0)
+
+    def _forget(self) -> None:
+        self._contained: ContainedNoise | None = None
+        self._last_prediction: Prediction | None = None
+
+    # ---- predictor --------------------------------------------------------------------------------------------------
+
+    def _predict(
+        self,
+        x: torch.Tensor,
+        eps: torch.Tensor,
+        x_0: torch.Tensor,
+        t: Level,
+        s: Level,
+        variance_values: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """A state on level s, drawn from the law of the chosen reverse step."""
+        mean, deviation = self._reverse_step(x, eps, x_0, t, s, variance_values)
+        self._last_prediction = Prediction(t, x_0)
+        self._contained = None
+        if isinstance(deviation, float) and deviation == 0:
+            return mean
+        noise = standard_normal(x, generator, x.dtype)
+        self._contained = ContainedNoise(noise, deviation)
+        return mean + deviation * noise
+
+    def _reverse_step(
+        self,
+        x: torch.Tensor,
+        eps: torch.Tensor,
+        x_0: torch.Tensor,
+        t: Level,
+        s: Level,
+        variance_values: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, float | torch.Tensor]:
+        """Mean and standard deviation of x_s; only the predictor "ddpm" may have noise in the step to the data."""
+        predictor, is_last = self.config.predictor, s.sigma == 0
+        if predictor == "ddpm":
+            mean = ddpm(x, x_0, t, s).mean
+            if is_last and not self.config.last_step_noise:
+                return mean, 0.0
+            law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
+            return mean, self._standard_deviation(t, s, law, variance_values)
+        if predictor == "probability_flow":
+            past = self._last_prediction if self.config.solver_order == 2 else None
+            return probability_flow(x, x_0, t, s, *(past or (None, None))), 0.0
+        if predictor == "ddim":
+            step = ddim(eps, x_0, t, s, self.config.eta)
+        elif t.alpha == 0:
+            step = ddpm(x, x_0, t, s)
+        else:
+            step = SDE_STEPS[predictor](x, eps, t, s, self._is_brownian)
+        return step.mean, 0.0 if is_last else step.variance**0.5
+
+    # ---- corrector --------------------------------------------------------------------------------------------------
+
+    def _correct(
+        self,
+        x: torch.Tensor,
+        eps: torch.Tensor,
+        level: Level,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """One Langevin step on the level."""
+        z = standard_normal(x, generator, x.dtype)
+        step_size = self._step_size(eps, z, level.sigma)
+        noise = z
+        if self.config.corrector == "leimkuhler_matthews":
+            noise = (self._noise_in(x, (0.5 * step_size) ** 0.5, generator) + z) / 2
+            self._contained = ContainedNoise(z, (0.5 * step_size) ** 0.5)
+        return langevin_step(x, eps, level.sigma, step_size, noise)
+
+    def _step_size(self, eps: torch.Tensor, z: torch.Tensor, sigma: float) -> float | torch.Tensor:
+        """delta, () or (B, 1, ..); at most sigma^2, also where the score is zero."""
+        r, rule = self.config.snr, self.config.step_size_rule
+        if rule == "sigma":
+            return 2 * (r * sigma) ** 2
+        score_norm, noise_norm = sample_norm(eps) / sigma, sample_norm(z)
+        if rule == "batch_norm":
+            score_norm, noise_norm = score_norm.mean(0, keepdim=True), noise_norm.mean(0, keepdim=True)
+        return (2 * (r * noise_norm / score_norm) ** 2).clamp(max=sigma**2)
+
+    def _noise_in(
+        self,
+        x: torch.Tensor,
+        scale: float | torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """A noise w that x contains with the given scale, as far as it does.
+
+        If x = m + b z, then with b >= scale a share of z and a new z' make w of variance 1 with Cov[x, w] = scale. If
+        there is less, w = z with new noise of variance 2 - 2 b / scale, which keeps the variance of x to first order.
+        """
+        new = standard_normal(x, generator, x.dtype)
+        if self._contained is None:
+            return math.sqrt(3) * new
+        z, b = self._contained
+        share = torch.as_tensor(b / scale, dtype=x.dtype)
+        within = (1 / share).clamp(max=1)
+        missing = torch.where(share >= 1, (1 - within**2).clamp(min=0), (2 - 2 * share).clamp(min=0))
+        return within * z + missing.sqrt() * new
+
+
+def sample_norm(values: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of each sample, (B, 1, ..)."""
+    norms = values.reshape(len(values), -1).norm(dim=1)
+    return norms.reshape((-1,) + (1,) * (values.ndim - 1))
