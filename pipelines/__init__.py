@@ -4,10 +4,17 @@ if __name__ != "annealers.pipelines":
     raise ImportError("import annealers.pipelines; `pipelines` would be a second copy of its classes")
 
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
+from annealers.pipelines.corrector_guidance import CorrectorGuidanceCallback
 from annealers.pipelines.pipeline_guided_diffusion import (
     GuidedDiffusionPipeline,
     GuidedDiffusionPipelineOutput,
     Trajectory,
 )
 
-__all__ = ["AnnealersPipeline", "GuidedDiffusionPipeline", "GuidedDiffusionPipelineOutput", "Trajectory"]
+__all__ = [
+    "AnnealersPipeline",
+    "CorrectorGuidanceCallback",
+    "GuidedDiffusionPipeline",
+    "GuidedDiffusionPipelineOutput",
+    "Trajectory",
+]

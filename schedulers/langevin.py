@@ -63,7 +63,8 @@ def end_variance(levels: Sequence[Level], step_size: float, steps_per_level: int
 
 def sufficient_settings(levels: Sequence[Level], limit: float) -> tuple[float, int]:
     """The step size e and the smallest number of steps per level with which `end_variance` stays below a limit."""
-    candidates = [(e, _sufficient_steps(levels, e, limit)) for e in np.geomspace(0.01, 0.3, 30)]
+    sizes = np.geomspace(0.01, 0.3, 30).round(3)  # three digits, so that the advice holds as it is printed
+    candidates = [(e, _sufficient_steps(levels, e, limit)) for e in sizes]
     return min(((float(e), K) for e, K in candidates if K is not None), key=lambda setting: setting[1])
 
 

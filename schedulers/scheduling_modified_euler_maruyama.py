@@ -106,8 +106,10 @@ class ModifiedEulerMaruyamaScheduler(GaussianPathScheduler):
             raise ValueError(f"variance must be one of {list(VARIANCES)}, got {variance!r}")
         if step_schedule not in STEP_SCHEDULES:
             raise ValueError(f"step_schedule must be one of {STEP_SCHEDULES}, got {step_schedule!r}")
-        if not step_ratio >= 1:
-            raise ValueError(f"step_ratio, the largest step size over the smallest, must be >= 1, got {step_ratio}")
+        if not 1 <= step_ratio < np.inf:
+            raise ValueError(
+                f"step_ratio, the largest step size over the smallest, must be finite and >= 1, got {step_ratio}"
+            )
         self._build_path()
 
     def _spaced_timesteps(self, N: int, mu: float | None = None) -> np.ndarray:

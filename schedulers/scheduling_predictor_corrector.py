@@ -8,10 +8,14 @@ A predictor walks from one noise level to the next; on the new level, M Langevin
     sigma         delta = 2 (r sigma)^2                     the same for all samples; the default
     norm          delta = 2 (r |z| / |s|)^2                 each sample its own
     batch_norm    delta = 2 (r mean|z| / mean|s|)^2         as published: a sample depends on its batch
+    reversal      delta = beta~ / (2 M)                     beta~: variance of the ancestral step that leads here
 
 r is the corrector's signal-to-noise ratio. delta <= sigma^2, so r <= sqrt(1/2), keeps the corrector a contraction for
 any data; steps measured by norms are held to that too. The step by norms depends on the state and so does not keep the
-law exactly. `leimkuhler_matthews` averages each noise with the next,
+law exactly. "reversal" makes a deterministic predictor and its corrections, together, the reversed SDE, which is half
+probability flow and half Langevin dynamics.
+
+`leimkuhler_matthews` averages each noise with the next,
 
     x <- x + delta s(x) + sqrt(2 delta) (z_k + z_{k+1}) / 2
 
@@ -84,7 +88,7 @@ SDE_STEPS = {
     "reverse_diffusion": reverse_diffusion,
 }
 CORRECTORS = ("langevin", "leimkuhler_matthews")
-STEP_SIZE_RULES = ("sigma", "norm", "batch_norm")
+STEP_SIZE_RULES = ("sigma", "norm", "batch_norm", "reversal")
 LAYOUTS = ("heun", "full")
 LARGEST_SNR = math.sqrt(0.5)
 
@@ -118,7 +122,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         corrector: "langevin" or "leimkuhler_matthews".
         corrector_steps: M, >= 0.
         snr: r, in 0 .. sqrt(1/2): delta = 2 (r sigma)^2.
-        step_size_rule: "sigma", "norm" or "batch_norm", see the top of this file.
+        step_size_rule: "sigma", "norm", "batch_norm" or "reversal", which does not use `snr`; see the top of this file.
         corrector_range: The part of the train timesteps, (low, high) in 0 .. 1, on whose levels the corrector acts.
         layout: "heun" or "full": whether the first level is corrected as well.
         last_step_noise: Whether the step to the data keeps the noise of `variance_type`.
@@ -192,8 +196,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
             )
         if not 0 <= snr <= LARGEST_SNR:
             raise ValueError(
-                f"snr must lie in 0 .. sqrt(1/2) = {LARGEST_SNR:.4f}, where the corrector's step 2 (snr sigma)^2 is at "
-                f"most sigma^2 and stable for any data, got {snr}"
+                f"snr must lie in 0 .. sqrt(1/2) = {LARGEST_SNR:.4f}, where the corrector's step, 2 (snr sigma)^2, is "
+                f"at most sigma^2 and so stable for any data, got {snr}"
             )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
@@ -292,17 +296,26 @@ class PredictorCorrectorScheduler(ReverseVariance):
         prediction, variance_values = self._split(model_output.to(dtype), sample)
         eps, x_0 = self._noise_and_original(prediction, x, here)
         if there == here:
-            x = self._correct(x, eps, here, generator)
+            x = self._correct(x, eps, position, generator)
         elif self.config.predictor != "none":
             x = self._predict(x, eps, x_0, here, there, variance_values, generator)
         elif there == DATA:
             x = x_0
         else:
-            x = self._correct(x, eps, here, generator) * signal_kept(here, there)
+            x = self._correct(x, eps, position, generator) * signal_kept(here, there)
 
         self._step_index = position + 1
         x, x_0 = x.to(sample.dtype), x_0.to(sample.dtype)
         return GaussianPathSchedulerOutput(x, x_0) if return_dict else (x, x_0)
+
+    @property
+    def is_correction_due(self) -> bool:
+        """Whether the network call that comes next is for a correction; a pipeline's callback may ask."""
+        due = self._begin_index if self._step_index is None else self._step_index
+        if due is None or due >= len(self._schedule):
+            return False
+        here, there = self._schedule[due]
+        return here == there
 
     def _forget(self) -> None:
         self._contained: ContainedNoise | None = None
@@ -364,23 +377,31 @@ class PredictorCorrectorScheduler(ReverseVariance):
         self,
         x: torch.Tensor,
         eps: torch.Tensor,
-        level: Level,
+        position: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """One Langevin step on the level."""
+        """One Langevin step on the level of this position."""
+        level = self._schedule[position].here
         z = standard_normal(x, generator, x.dtype)
-        step_size = self._step_size(eps, z, level.sigma)
+        step_size = self._step_size(eps, z, position)
         noise = z
         if self.config.corrector == "leimkuhler_matthews":
             noise = (self._noise_in(x, (0.5 * step_size) ** 0.5, generator) + z) / 2
             self._contained = ContainedNoise(z, (0.5 * step_size) ** 0.5)
         return langevin_step(x, eps, level.sigma, step_size, noise)
 
-    def _step_size(self, eps: torch.Tensor, z: torch.Tensor, sigma: float) -> float | torch.Tensor:
+    def _step_size(self, eps: torch.Tensor, z: torch.Tensor, position: int) -> float | torch.Tensor:
         """delta, () or (B, 1, ..); at most sigma^2, also where the score is zero."""
-        r, rule = self.config.snr, self.config.step_size_rule
+        level, r, rule = self._schedule[position].here, self.config.snr, self.config.step_size_rule
+        sigma = level.sigma
         if rule == "sigma":
             return 2 * (r * sigma) ** 2
+        if rule == "reversal":
+            start = next((visit.here for visit in self._schedule[position::-1] if visit.here != level), None)
+            if start is None:  # the first level, to which no step leads
+                return 0.0
+            arrival = transition(start.alpha, start.sigma, level.alpha, level.sigma)
+            return arrival.posterior_variance / (2 * self.config.corrector_steps)
         score_norm, noise_norm = sample_norm(eps) / sigma, sample_norm(z)
         if rule == "batch_norm":
             score_norm, noise_norm = score_norm.mean(0, keepdim=True), noise_norm.mean(0, keepdim=True)

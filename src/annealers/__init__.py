@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from annealers import exact
     from annealers.hub import export
-    from annealers.pipelines import AnnealersPipeline, GuidedDiffusionPipeline
+    from annealers.pipelines import AnnealersPipeline, CorrectorGuidanceCallback, GuidedDiffusionPipeline
     from annealers.schedulers import (
         AnnealedLangevinScheduler,
         DDPMAncestralScheduler,
@@ -27,6 +27,7 @@ __all__ = [
     "AnnealedLangevinScheduler",
     "AnnealersPipeline",
     "ConfigMixin",
+    "CorrectorGuidanceCallback",
     "DDPMAncestralScheduler",
     "DiffusionPipeline",
     "GuidedDiffusionPipeline",
@@ -48,6 +49,7 @@ _HOMES = {
     "ModifiedEulerMaruyamaScheduler": "annealers.schedulers",
     "PredictorCorrectorScheduler": "annealers.schedulers",
     "AnnealersPipeline": "annealers.pipelines",
+    "CorrectorGuidanceCallback": "annealers.pipelines",
     "GuidedDiffusionPipeline": "annealers.pipelines",
     "export": "annealers.hub",
 }
