@@ -33,7 +33,7 @@ Ho 2021, "Variational Diffusion Models", arXiv:2107.00630; Lipman, Chen, Ben-Ham
 Generative Modeling", arXiv:2210.02747.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,6 +59,7 @@ from annealers.schedulers.step_placement import optimal_timesteps
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "karras", "geometric", "optimal")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
 FLOW_SCHEDULERS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+MEANT_BY_ABSENCE = ("clip_sample", "prediction_type")  # what a config without them means, see `from_config`
 
 Coefficient = TypeVar("Coefficient", float, torch.Tensor)
 
@@ -136,16 +137,23 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         """As in Diffusers, for configs that leave to their class what ours need to be told.
 
         A config without `clip_sample` is of a scheduler that never clips. One with a `shift` and no `prediction_type`
-        is of a flow-matching scheduler; multistep solvers call the shift `flow_shift`.
+        is of a flow-matching scheduler; multistep solvers call the shift `flow_shift`. What is read off a config like
+        this is not passed on to the next scheduler as if the config had said it, so the way back is lossless.
         """
-        if isinstance(config, Mapping):
-            if "flow_shift" in config and "shift" not in config:
-                kwargs.setdefault("shift", config["flow_shift"])
-            if "shift" in config and "prediction_type" not in config:
-                kwargs.setdefault("prediction_type", "flow_prediction")
-            if "clip_sample" not in config:
-                kwargs.setdefault("clip_sample", False)
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        if not isinstance(config, Mapping):
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        meant = {name: value for name, value in _meant_settings(config).items() if name not in kwargs}
+        result = super().from_config(config, return_unused_kwargs, **meant, **kwargs)
+        scheduler = result[0] if return_unused_kwargs else result
+        said = config.keys() - set(config.get("_use_default_values", []))
+        scheduler._mark_as_default(meant.keys() - said)
+        return result
+
+    def _mark_as_default(self, names: Iterable[str], marked: bool = True) -> None:
+        """Lists settings as defaults, which the `from_config` of another class drops, or as chosen, which it keeps."""
+        defaults = set(self.config.get("_use_default_values", []))
+        defaults = defaults | set(names) if marked else defaults - set(names)
+        self.register_to_config(_use_default_values=sorted(defaults))
 
     @property
     def _is_flow(self) -> bool:
@@ -181,6 +189,7 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = (alphas**2).float()
         self.alphas = 1 - self.betas
 
+        self._mark_as_default(MEANT_BY_ABSENCE, marked=False)  # so that no other class drops what ours would misread
         self.num_inference_steps: int | None = None
         self._set_schedule(self.train_timesteps[::-1], device=None)
 
@@ -353,6 +362,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         shift = config.shift
         if config.use_dynamic_shifting:
             shift = float(np.exp(mu)) if config.time_shift_type == "exponential" else mu
+            if not 0 < shift < np.inf:
+                raise ValueError(f"mu must give a positive shift, got mu={mu}, which shifts by {shift}")
         sigmas = shifted(sigmas, shift)
         if config.shift_terminal:
             sigmas = stretched_to_terminal(sigmas, config.shift_terminal)
@@ -585,6 +596,19 @@ def standard_normal(
     if isinstance(generator, list) and len(generator) not in (1, len(sample)):
         raise ValueError(f"need one generator or one per sample, {len(sample)}, got {len(generator)}")
     return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
+
+
+def _meant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are read off a config, whether it says them or not."""
+    if config.get("invert_sigmas"):
+        raise ValueError(
+            "invert_sigmas=True is of a network that counts its time from the noise, which no scheduler here does"
+        )
+    return {
+        "clip_sample": config.get("clip_sample", False),
+        "prediction_type": config.get("prediction_type", "flow_prediction" if "shift" in config else "epsilon"),
+        "shift": config.get("shift", config.get("flow_shift", 1.0)),
+    }
 
 
 def _decreasing_positive(name: str, values: Sequence[float] | np.ndarray | torch.Tensor) -> np.ndarray:

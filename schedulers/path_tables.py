@@ -143,6 +143,8 @@ def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 def stretched_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
     """Stretches flow levels so that the last of them is `terminal`, and pure noise stays pure noise."""
+    if sigmas[-1] >= 1:  # the only level
+        return sigmas
     return 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
 
 

@@ -20,7 +20,7 @@ arXiv:2201.06503.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -65,14 +65,12 @@ class ReverseVariance(GaussianPathScheduler):
         if kind == "fixed_large":
             return law.forward_variance**0.5
         if kind == "optimal":
-            self._check_terminal_snr(t, needed_by="variance_type='optimal'")
-            mean_squared_noise = np.interp(t.timestep, self.train_timesteps, self._mean_squared_noise())
-            unexplained = max(0.0, 1 - float(mean_squared_noise))
-            return (law.posterior_variance + (law.original_weight * t.sigma / t.alpha) ** 2 * unexplained) ** 0.5
+            data_variance = float(np.interp(t.timestep, self.train_timesteps, self._data_variance()))
+            unknown = data_variance * t.sigma**2 / (t.alpha**2 * data_variance + t.sigma**2)
+            return (law.posterior_variance + law.original_weight**2 * unknown) ** 0.5
         if kind == "posterior":
-            self._check_terminal_snr(t, needed_by="variance_type='posterior'")
-            uncertainty = (law.original_weight * t.sigma / t.alpha) ** 2 * variance_values.clamp(0, 1)
-            return (law.posterior_variance + uncertainty).sqrt()
+            ratio = t.sigma / t.alpha if t.alpha > 0 else 0.0  # the values say nothing where there is no signal
+            return (law.posterior_variance + (law.original_weight * ratio) ** 2 * variance_values.clamp(0, 1)).sqrt()
         if s.sigma > 0:
             floor = law.posterior_variance
         else:
@@ -136,24 +134,53 @@ class ReverseVariance(GaussianPathScheduler):
             output = model(x_t, torch.tensor(t, device=x_t.device), **model_kwargs)
             prediction, _ = self._split(output if isinstance(output, torch.Tensor) else output.sample, x_t)
             x_0 = self.original_sample(prediction, x_t, t)
-            statistic.append((((x_t - level.alpha * x_0) / level.sigma) ** 2).mean().item())
-        values = np.interp(self.train_timesteps, measured, statistic).tolist()
-        # Diffusers' from_config drops what it believes to be a default
-        defaults = [name for name in self.config.get("_use_default_values", []) if name != "mean_squared_noise"]
-        self.register_to_config(mean_squared_noise=values, _use_default_values=defaults)
+            noise_hat = (x_t - level.alpha * x_0) / level.sigma
+            # E||eps||^2 / d is 1; where hardly any signal is left eps-hat is eps, and the ratio varies little
+            statistic.append(((noise_hat**2).mean() / (noise**2).mean()).item())
+        data_variance = np.interp(self.train_timesteps, measured, self._data_variance(measured, statistic))
+        alphas, sigmas = self._alphas[:-1].numpy(), self._sigmas[:-1].numpy()
+        values = (sigmas**2 / (alphas**2 * data_variance + sigmas**2)).tolist()
+        self.register_to_config(mean_squared_noise=values)
+        self._mark_as_default(["mean_squared_noise"], marked=False)
         return values
 
-    def _mean_squared_noise(self) -> list[float]:
-        if self.config.mean_squared_noise is None:
-            raise ValueError("variance_type='optimal' needs a measured E||eps-hat||^2: call calibrate_variance first")
-        return self.config.mean_squared_noise
+    def _data_variance(
+        self, timesteps: Sequence[int] | None = None, mean_squared_noise: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """The variance S of isotropic Gaussian data with this E||eps-hat||^2 / d = sigma^2 / (alpha^2 S + sigma^2).
 
-    def _uncertainty(self, sample: torch.Tensor, timesteps: torch.Tensor, law: Transition) -> torch.Tensor:
-        """The part of the optimal variance that comes from not knowing x_0, (B, 1, ..)."""
+        Other data have another S on each level, but one that varies little from level to level, unlike the statistic.
+        So S is what is interpolated, and what goes on unchanged to where there is no signal to measure it by.
+        """
+        if mean_squared_noise is None:
+            timesteps, mean_squared_noise = self.train_timesteps, self.config.mean_squared_noise
+        if mean_squared_noise is None:
+            raise ValueError("variance_type='optimal' needs a measured E||eps-hat||^2: call calibrate_variance first")
+        rows = np.asarray(timesteps) - int(self._is_flow)
+        alphas, sigmas = self._alphas.numpy()[rows], self._sigmas.numpy()[rows]
+        statistic = np.clip(mean_squared_noise, 1e-12, 1.0)
+        has_signal = alphas > 0
+        if not has_signal.any():
+            return np.zeros(len(rows))
+        ratios = sigmas[has_signal] / alphas[has_signal]
+        variance = ratios**2 * (1 - statistic[has_signal]) / statistic[has_signal]
+        return np.interp(rows, rows[has_signal], variance)
+
+    def _uncertainty(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, law: Transition, variance_values: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The part of a reverse variance that comes from not knowing x_0, broadcastable to `sample`."""
         alpha, sigma = self._aligned(sample, timesteps)
-        statistic = torch.tensor(self._mean_squared_noise(), dtype=sample.dtype, device=sample.device)
-        rows = (torch.as_tensor(timesteps, device=sample.device) - int(self._is_flow)).long().reshape(-1)
-        return (law.original_weight * sigma / alpha) ** 2 * (1 - statistic[rows].reshape(alpha.shape)).clamp(min=0)
+        if variance_values is not None:
+            ratio = torch.where(alpha > 0, sigma / alpha, 0.0)
+            return (law.original_weight * ratio) ** 2 * variance_values.clamp(0, 1)
+        data_variance = torch.tensor(self._data_variance(), dtype=sample.dtype, device=sample.device)
+        rows = torch.as_tensor(timesteps, device=sample.device).to(sample.dtype) - int(self._is_flow)
+        rows = rows.clamp(0, len(self) - 1).reshape(-1)
+        below = rows.floor().long()
+        above = (below + 1).clamp(max=len(self) - 1)
+        data_variance = torch.lerp(data_variance[below], data_variance[above], rows - below).reshape(alpha.shape)
+        return law.original_weight**2 * data_variance * sigma**2 / (alpha**2 * data_variance + sigma**2)
 
 
 def learned_log_variance(

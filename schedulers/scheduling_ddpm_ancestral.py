@@ -175,15 +175,11 @@ class DDPMAncestralScheduler(ReverseVariance):
         chain = first if previous_timesteps is None else [visit.here for visit in self._schedule]
         floor = torch.where(law.posterior_variance > 0, law.posterior_variance, self._variance_before_the_last(chain))
         kind = VARIANCE_TYPES[self.config.variance_type]
-        if kind == "optimal":
-            variance = law.posterior_variance + self._uncertainty(x_t, timesteps, law)
+        if kind in ("optimal", "posterior"):
+            variance = law.posterior_variance + self._uncertainty(x_t, timesteps, law, variance_values)
             return mean, variance.log(), x_0
         if kind == "fixed_small":
             return mean, floor.log(), x_0
         if kind == "fixed_large":
             return mean, law.forward_variance.log(), x_0
-        if kind == "posterior":
-            alpha, sigma = self._aligned(x_t, timesteps)
-            uncertainty = (law.original_weight * sigma / alpha) ** 2 * variance_values.clamp(0, 1)
-            return mean, (law.posterior_variance + uncertainty).log(), x_0
         return mean, learned_log_variance(kind, variance_values, floor.log(), law.forward_variance.log()), x_0

@@ -122,7 +122,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         corrector: "langevin" or "leimkuhler_matthews".
         corrector_steps: M, >= 0.
         snr: r, in 0 .. sqrt(1/2): delta = 2 (r sigma)^2.
-        step_size_rule: "sigma", "norm", "batch_norm" or "reversal", which does not use `snr`; see the top of this file.
+        step_size_rule: "sigma", "norm", "batch_norm" or "reversal", which does not use `snr`; see the file.
         corrector_range: The part of the train timesteps, (low, high) in 0 .. 1, on whose levels the corrector acts.
         layout: "heun" or "full": whether the first level is corrected as well.
         last_step_noise: Whether the step to the data keeps the noise of `variance_type`.
