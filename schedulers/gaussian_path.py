@@ -123,12 +123,14 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         timesteps: The timestep of each network call, not increasing, int64, or float32 on a flow path; the whole
             training chain until `set_timesteps` is called.
         init_noise_sigma: 1, on every path.
-        order: Entries of `timesteps` per noise level.
+        order: Entries of `timesteps` per noise level, or 1 if the levels were given as such: pipelines of Diffusers
+            then take every entry for a level, and count and slice them accordingly.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers] + FLOW_SCHEDULERS
     order = 1
     init_noise_sigma = 1.0
+    _entries_per_level = 1
 
     # ---- the table of the path --------------------------------------------------------------------------------------
 
@@ -283,6 +285,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         self._check_terminal_snr(self._level(schedule[0]))
         self.num_inference_steps = len(schedule)
         self._set_schedule(schedule, device)
+        # Pipelines take the length of `timesteps` for the number of levels if they gave the levels themselves
+        self.order = self._entries_per_level if num_inference_steps is not None else 1
 
     def _set_schedule(self, schedule: np.ndarray, device: str | torch.device | None) -> None:
         if self._is_flow:  # each level is the one that the network is told, in float32
@@ -431,7 +435,7 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
                 f"timestep {value} is not one of the {len(self._schedule)} of the schedule, "
                 f"{self._schedule[0].here.timestep} .. {self._schedule[-1].here.timestep}; see set_timesteps"
             )
-        return next((i for i in matches if i % self.order == 0), matches[0])
+        return next((i for i in matches if i % self._entries_per_level == 0), matches[0])
 
     # ---- forward: data to noise -------------------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
             )
         if levels not in LEVELS:
             raise ValueError(f"levels must be one of {LEVELS}, got {levels!r}")
-        self.order = steps_per_level
+        self._entries_per_level = self.order = steps_per_level
         self._build_path()
 
     # ---- the levels and the network calls on them -------------------------------------------------------------------

@@ -69,7 +69,7 @@ class ModifiedEulerMaruyamaScheduler(GaussianPathScheduler):
         >>> scheduler = ModifiedEulerMaruyamaScheduler(step_schedule="linear")
         >>> scheduler.set_timesteps(4)
         >>> scheduler.timesteps.tolist()
-        [999, 753, 430, 38]
+        [999, 707, 409, 45]
     """
 
     __module__ = "annealers"  # the name that model_index.json records

@@ -72,6 +72,14 @@ from annealers.schedulers.reverse_steps import (
     reverse_diffusion,
 )
 from annealers.schedulers.reverse_variance import VARIANCE_TYPES, ReverseVariance
+from annealers.schedulers.secant import (
+    Innovation,
+    contraction,
+    measured_slopes,
+    missing_variance,
+    noise_ratio,
+    secant_coefficient,
+)
 
 PREDICTORS = (
     "ddpm",
@@ -80,6 +88,7 @@ PREDICTORS = (
     "modified_euler_maruyama",
     "reverse_diffusion",
     "probability_flow",
+    "secant",
     "none",
 )
 SDE_STEPS = {
@@ -114,8 +123,9 @@ class PredictorCorrectorScheduler(ReverseVariance):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, sigma_min,
             sigma_max, prediction_type: The path and the network, as in `DDPMAncestralScheduler`.
         predictor: "ddpm" with the variance of `variance_type`, "ddim" with `eta`, "euler_maruyama",
-            "modified_euler_maruyama", "reverse_diffusion", "probability_flow" of `solver_order`, or "none": the levels
-            are corrected only, with the closing call that denoises, as in `AnnealedLangevinScheduler`.
+            "modified_euler_maruyama", "reverse_diffusion", "probability_flow" of `solver_order`, "secant" with `eta`,
+            or "none": the levels are corrected only, with the closing call that denoises, as in
+            `AnnealedLangevinScheduler`.
         variance_type: Variance of the predictor "ddpm", as in `DDPMAncestralScheduler`.
         eta: Noise of "ddim", 0 .. 1: none to that of "ddpm".
         solver_order: Order of "probability_flow", 1 or 2.
@@ -203,7 +213,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
             raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
         if len(corrector_range) != 2 or not 0 <= corrector_range[0] <= corrector_range[1] <= 1:
             raise ValueError(f"corrector_range must be (low, high) with 0 <= low <= high <= 1, got {corrector_range}")
-        self.order = corrector_steps if predictor == "none" else corrector_steps + 1
+        self._entries_per_level = corrector_steps if predictor == "none" else corrector_steps + 1
+        self.order = self._entries_per_level
         self._build_path()
 
     # ---- the network calls on each level ----------------------------------------------------------------------------
@@ -303,6 +314,9 @@ class PredictorCorrectorScheduler(ReverseVariance):
             x = x_0
         else:
             x = self._correct(x, eps, position, generator) * signal_kept(here, there)
+            if self._contained is not None:
+                z, scale = self._contained
+                self._contained = ContainedNoise(z, scale * signal_kept(here, there))
 
         self._step_index = position + 1
         x, x_0 = x.to(sample.dtype), x_0.to(sample.dtype)
@@ -311,15 +325,16 @@ class PredictorCorrectorScheduler(ReverseVariance):
     @property
     def is_correction_due(self) -> bool:
         """Whether the network call that comes next is for a correction; a pipeline's callback may ask."""
-        due = self._begin_index if self._step_index is None else self._step_index
-        if due is None or due >= len(self._schedule):
+        due = (self._begin_index or 0) if self._step_index is None else self._step_index
+        if due >= len(self._schedule):
             return False
         here, there = self._schedule[due]
-        return here == there
+        return here == there or (self.config.predictor == "none" and there != DATA)
 
     def _forget(self) -> None:
         self._contained: ContainedNoise | None = None
         self._last_prediction: Prediction | None = None
+        self._innovation: Innovation | None = None
 
     # ---- predictor --------------------------------------------------------------------------------------------------
 
@@ -334,6 +349,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """A state on level s, drawn from the law of the chosen reverse step."""
+        if self.config.predictor == "secant":
+            return self._secant_step(x, eps, x_0, t, s, generator)
         mean, deviation = self._reverse_step(x, eps, x_0, t, s, variance_values)
         self._last_prediction = Prediction(t, x_0)
         self._contained = None
@@ -371,6 +388,41 @@ class PredictorCorrectorScheduler(ReverseVariance):
             step = SDE_STEPS[predictor](x, eps, t, s, self._is_brownian)
         return step.mean, 0.0 if is_last else step.variance**0.5
 
+    def _secant_step(
+        self,
+        x: torch.Tensor,
+        eps: torch.Tensor,
+        x_0: torch.Tensor,
+        t: Level,
+        s: Level,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """See `secant`; in the coordinates y = x / alpha of level s."""
+        b, variance = contraction(t, s, self.config.eta)
+        mean = x_0 + math.sqrt(max((s.sigma / s.alpha) ** 2 - variance, 0.0)) * eps
+        past, is_last = self._innovation, s.sigma == 0
+        if past is not None:
+            change, noise_level = x_0 - past.original, t.sigma / t.alpha
+            slopes = measured_slopes(change, x / t.alpha - past.expected, past)
+            if not is_last:
+                steps = b, past.contraction, noise_ratio(past.start, past.level)
+                c = secant_coefficient(slopes.along_change, *steps)
+                mean = mean + c.to(x.dtype) * change
+                variance = variance + missing_variance(slopes, c, noise_level, *steps)
+            elif self.config.last_step_noise:
+                variance = slopes.average * noise_level**2
+
+        noise, deviation = None, 0.0
+        y = mean
+        if isinstance(variance, torch.Tensor) or variance > 0:
+            noise = standard_normal(x, generator, x.dtype)
+            deviation = variance**0.5
+            y = mean + (deviation.to(x.dtype) if isinstance(deviation, torch.Tensor) else deviation) * noise
+        if not is_last:
+            expected = x_0 + noise_ratio(t, s) * (s.sigma / s.alpha) * eps
+            self._innovation = Innovation(t, s, x_0, expected, b, noise, deviation)
+        return s.alpha * y
+
     # ---- corrector --------------------------------------------------------------------------------------------------
 
     def _correct(
@@ -384,6 +436,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         level = self._schedule[position].here
         z = standard_normal(x, generator, x.dtype)
         step_size = self._step_size(eps, z, position)
+        if isinstance(step_size, float) and step_size == 0:
+            return x
         noise = z
         if self.config.corrector == "leimkuhler_matthews":
             noise = (self._noise_in(x, (0.5 * step_size) ** 0.5, generator) + z) / 2
@@ -394,6 +448,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         """delta, () or (B, 1, ..); at most sigma^2, also where the score is zero."""
         level, r, rule = self._schedule[position].here, self.config.snr, self.config.step_size_rule
         sigma = level.sigma
+        if r == 0 and rule != "reversal":
+            return 0.0
         if rule == "sigma":
             return 2 * (r * sigma) ** 2
         if rule == "reversal":

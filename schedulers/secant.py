@@ -1,0 +1,146 @@
+r"""The secant step: a reverse step whose second-order term and variance are measured by the sampler's own last step.
+
+In the coordinates y = x / alpha with noise level s = sigma / alpha, a first-order step t -> s' with a share eta of the
+ancestral noise is
+
+    y' = m + b n + noise of variance eta^2 beta~,    m = x̂_0,  n = y - m,  beta~ = s'^2 (1 - s'^2 / s^2),
+                                                     b = sqrt(s'^2 - eta^2 beta~) / s
+
+It treats x_0 as known: what is missing is the variance k^2 Cov[x_0 | y], k = 1 - b. By Tweedie's second-order formula
+Cov[x_0 | y] = s^2 L with L = d m / d y, whose eigenvalues lie in 0 .. 1. One Jacobian-vector product of the network
+with a known vector is at hand for nothing: the step p -> t before went to a state y that is u = y - E[y | y_p] away
+from where it was expected, and x̂_0 is a martingale of the reverse chain, so its change
+
+    D = m - m_p = L u        exactly for Gaussian data, and with a secant slope of m for any other.
+
+**Second-order term.** The step adds c D. For Gaussian data with L = R I the states y, y_p have variances V =
+s^2 / (1 - R) and V_p, and with r_p = s / s_p, L_p = r_p^2 R / (1 - R + r_p^2 R) and Cov[y, y_p] = k_p V_p, the step
+keeps Var[y'] exact if
+
+    Cov[y, u] / V = 1 - k_p =: X,     Var[u] / V = 1 - 2 k_p + L_p + (1 - L_p) r_p^2 =: U,     K = R + (1 - R) b,
+    c^2 R U + 2 c K X = (1 - R) k^2      =>      c = q / (K X + sqrt(K^2 X^2 + R U q)),     q = (1 - R) k^2
+
+k_p^2 = L_p + (1 - L_p) b_p^2 is exact for eta = 0 and an approximation otherwise. So c D is what a multistep solver
+extrapolates, with a coefficient that is measured rather than assumed: at most the multistep one where the data is
+resolved (R -> 0), and less where it is not.
+
+**Isotropic remainder.** One direction cannot carry the covariance of all. Moments of the spectrum of L are seen:
+
+    l_1 = tr L / d        = D.z / (w |z|^2)     by the isotropic noise w z of the last step (Stein's identity) or,
+                                                where there is none, or few coordinates, D.u / |u|^2
+    l_2 = tr L^2 / tr L   = |D|^2 / D.u
+    l_3 = tr L^3 / tr L^2 ~ l_2 max(1, l_2 / l_1), at most 1: the mean slope along D, extrapolated
+
+so R = l_3 gives c, and isotropic noise fills the trace of k^2 s^2 L up with what c D does not give on average,
+
+    l_1 s^2 (k^2 - (2 c K X + c^2 l_2 U) / (1 - l_2))_+        with K, X and U at R = l_2.
+
+All moments agree if L = R I, where the step is exact, and l_2 = l_3 = 1 if every direction is known or unknown.
+
+**The last step** goes to m, or to a draw from N(m, l_1 s^2 I) if its noise is kept.
+
+Nothing here costs a network call. Everything is a function of one sample alone.
+
+Source: this library; `docs/self_estimated_variance.md` has the derivation, figures and where it fails. It rests on Stein
+1981, "Estimation of the Mean of a Multivariate Normal Distribution", Ann. Statist. 9; Efron 2011, "Tweedie's Formula
+and Selection Bias", J. Amer. Statist. Assoc. 106; and, as a multistep method, Lu et al. 2022, arXiv:2211.01095.
+
+    symbol     code         shape         meaning
+    y, m, D    y, m, D      (B, *)        state, x̂_0, change of x̂_0; in units of the data
+    s, s'      noise        ()            noise levels sigma / alpha here and where the step goes
+    l_1 .. R   slope ..     (B, 1, ..)    mean slopes of x̂_0, 0 .. 1
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from annealers.schedulers.gaussian_path import Level
+
+FEW_COORDINATES = 8  # up to here z may be near 0 by chance, and a slope measured along it is wild
+NARROW = 1e-6  # slopes are kept this far from 0 and 1, where the formulas divide by them
+
+
+class Innovation(NamedTuple):
+    """What a step leaves behind for the next: what was expected of it, and the isotropic noise that it drew.
+
+    Everything is in the coordinates y = x / alpha of the level that the step went to.
+    """
+
+    start: Level
+    level: Level
+    original: torch.Tensor  # x̂_0 at the start
+    expected: torch.Tensor  # E[y | y at the start]
+    contraction: float  # b of the step
+    noise: torch.Tensor | None
+    deviation: torch.Tensor | float
+
+
+class Slopes(NamedTuple):
+    """Mean slopes of x̂_0, (B, 1, ..), float64: of all coordinates, along the innovation, and along its image."""
+
+    average: torch.Tensor
+    along_innovation: torch.Tensor
+    along_change: torch.Tensor
+
+
+def measured_slopes(change: torch.Tensor, innovation: torch.Tensor, past: Innovation) -> Slopes:
+    """l_1, l_2 and l_3 from D = L u."""
+    Du, DD, uu = (inner(a, b) for a, b in ((change, innovation), (change, change), (innovation, innovation)))
+    tiny = torch.finfo(torch.float64).tiny
+    if past.noise is None or change[0].numel() <= FEW_COORDINATES:
+        average = Du / uu.clamp(min=tiny)
+    else:
+        average = inner(change, past.noise) / (past.deviation * inner(past.noise, past.noise)).clamp(min=tiny)
+    along_innovation = (DD / torch.maximum(Du, DD).clamp(min=tiny)).clamp(NARROW, 1 - NARROW)
+    average = average.clamp(0, 1)
+    growth = along_innovation / average.clamp(min=NARROW)
+    along_change = (along_innovation * growth.clamp(min=1)).clamp(NARROW, 1 - NARROW)
+    return Slopes(average, along_innovation, along_change)
+
+
+def contraction(here: Level, there: Level, eta: float) -> tuple[float, float]:
+    """b of the step, and the variance eta^2 beta~ of its noise, in units of the data."""
+    ratio = noise_ratio(here, there)
+    end = there.sigma / there.alpha
+    variance = eta**2 * end**2 * (1 - ratio**2)
+    return math.sqrt(max(end**2 - variance, 0.0)) * (here.alpha / here.sigma), variance
+
+
+def noise_ratio(start: Level, end: Level) -> float:
+    """s' / s, and 0 if the start has no signal."""
+    return (end.sigma * start.alpha) / (end.alpha * start.sigma)
+
+
+def moments(
+    slope: torch.Tensor, step_contraction: float, past_contraction: float, past_ratio: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K, X and U for Gaussian data with L = slope I."""
+    past_slope = past_ratio**2 * slope / (1 - slope + past_ratio**2 * slope)
+    k_p = (past_slope + (1 - past_slope) * past_contraction**2).sqrt()
+    shrinkage = past_slope + (1 - past_slope) * past_ratio**2
+    return slope + (1 - slope) * step_contraction, 1 - k_p, (1 - 2 * k_p + shrinkage).clamp(min=0)
+
+
+def secant_coefficient(
+    slope: torch.Tensor, step_contraction: float, past_contraction: float, past_ratio: float
+) -> torch.Tensor:
+    """c, the root of c^2 R U + 2 c K X = (1 - R) k^2."""
+    K, X, U = moments(slope, step_contraction, past_contraction, past_ratio)
+    q = (1 - slope) * (1 - step_contraction) ** 2
+    return q / (K * X + (K**2 * X**2 + slope * U * q).sqrt()).clamp(min=NARROW**2)
+
+
+def missing_variance(
+    slopes: Slopes, c: torch.Tensor, noise: float, step_contraction: float, past_contraction: float, past_ratio: float
+) -> torch.Tensor:
+    """Variance of the isotropic remainder, (B, 1, ..), in units of the data squared."""
+    K, X, U = moments(slopes.along_innovation, step_contraction, past_contraction, past_ratio)
+    carried = (2 * c * K * X + c**2 * slopes.along_innovation * U) / (1 - slopes.along_innovation)
+    return slopes.average * noise**2 * ((1 - step_contraction) ** 2 - carried).clamp(min=0)
+
+
+def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner product of each sample, (B, 1, ..), float64."""
+    return (a.double() * b.double()).reshape(len(a), -1).sum(1).reshape((-1,) + (1,) * (a.ndim - 1))
