@@ -380,11 +380,12 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if values.ndim != 1 or len(values) == 0 or not (self._is_flow or np.array_equal(values, values.astype(int))):
             raise ValueError(f"timesteps must be a non-empty list of {kind}, got {timesteps}")
         low, high = (0, T) if self._is_flow else (0, T - 1)
-        if values.max() > high or values.min() < low or (self._is_flow and values.min() == 0):
+        values = values.astype(np.float32 if self._is_flow else np.int64)  # as the network is told them
+        if not low <= values.min() <= values.max() <= high or (self._is_flow and values.min() == 0):
             raise ValueError(f"timesteps must lie in {low} .. {high}, got {values.min()} .. {values.max()}")
         if (np.diff(values) >= 0).any():
             raise ValueError(f"timesteps must be strictly decreasing, got {values.tolist()}")
-        return values if self._is_flow else values.astype(np.int64)
+        return values
 
     def _check_terminal_snr(self, level: Level, needed_by: str | None = None) -> None:
         if level.alpha > 0:

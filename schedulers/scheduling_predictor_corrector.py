@@ -80,6 +80,7 @@ from annealers.schedulers.secant import (
     noise_ratio,
     secant_coefficient,
 )
+from annealers.schedulers.self_estimated_variance import SELF_ESTIMATED, spread_of_original
 
 PREDICTORS = (
     "ddpm",
@@ -123,11 +124,13 @@ class PredictorCorrectorScheduler(ReverseVariance):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, sigma_min,
             sigma_max, prediction_type: The path and the network, as in `DDPMAncestralScheduler`.
         predictor: "ddpm" with the variance of `variance_type`, "ddim" with `eta`, "euler_maruyama",
-            "modified_euler_maruyama", "reverse_diffusion", "probability_flow" of `solver_order`, "secant" with `eta`,
-            or "none": the levels are corrected only, with the closing call that denoises, as in
+            "modified_euler_maruyama", "reverse_diffusion", "probability_flow" of `solver_order`, "secant" with `eta`
+            and without corrections, which has the best quality at equal network calls of the stochastic ones (see
+            `secant`), or "none": the levels are corrected only, with the closing call that denoises, as in
             `AnnealedLangevinScheduler`.
-        variance_type: Variance of the predictor "ddpm", as in `DDPMAncestralScheduler`.
-        eta: Noise of "ddim", 0 .. 1: none to that of "ddpm".
+        variance_type: Variance of the predictor "ddpm", as in `DDPMAncestralScheduler`, or "self_estimated" or
+            "self_estimated_isotropic", which need no calibration: see `self_estimated_variance`.
+        eta: Share of the ancestral noise in "ddim" and "secant", 0 .. 1. None is 0 for "ddim" and 1 for "secant".
         solver_order: Order of "probability_flow", 1 or 2.
         corrector: "langevin" or "leimkuhler_matthews".
         corrector_steps: M, >= 0.
@@ -135,7 +138,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         step_size_rule: "sigma", "norm", "batch_norm" or "reversal", which does not use `snr`; see the file.
         corrector_range: The part of the train timesteps, (low, high) in 0 .. 1, on whose levels the corrector acts.
         layout: "heun" or "full": whether the first level is corrected as well.
-        last_step_noise: Whether the step to the data keeps the noise of `variance_type`.
+        last_step_noise: Whether the step to the data keeps the noise of `variance_type`, or that of "secant". It is part
+            of the exact law, for levels that end near the data, as those of "karras" spacing do.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: How x̂_0 is kept in
             range, as in `DDPMAncestralScheduler`.
         mean_squared_noise: As in `DDPMAncestralScheduler`.
@@ -162,7 +166,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         trained_betas: np.ndarray | list[float] | None = None,
         predictor: str = "ddpm",
         variance_type: str | None = "fixed_small",
-        eta: float = 0.0,
+        eta: float | None = None,
         solver_order: int = 1,
         corrector: str = "langevin",
         corrector_steps: int = 1,
@@ -191,7 +195,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
     ) -> None:
         for name, value, choices in (
             ("predictor", predictor, PREDICTORS),
-            ("variance_type", variance_type, list(VARIANCE_TYPES)),
+            ("variance_type", variance_type, [*VARIANCE_TYPES, *SELF_ESTIMATED]),
             ("solver_order", solver_order, (1, 2)),
             ("corrector", corrector, CORRECTORS),
             ("step_size_rule", step_size_rule, STEP_SIZE_RULES),
@@ -209,8 +213,15 @@ class PredictorCorrectorScheduler(ReverseVariance):
                 f"snr must lie in 0 .. sqrt(1/2) = {LARGEST_SNR:.4f}, where the corrector's step, 2 (snr sigma)^2, is "
                 f"at most sigma^2 and so stable for any data, got {snr}"
             )
-        if not 0 <= eta <= 1:
+        if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
+        if predictor == "secant" and corrector_steps > 0:
+            raise ValueError(
+                "predictor='secant' reads its own last step off the state, which a correction in between changes: set "
+                f"corrector_steps=0, got {corrector_steps}"
+            )
+        if variance_type in SELF_ESTIMATED and predictor != "ddpm":
+            raise ValueError(f"variance_type={variance_type!r} is for predictor='ddpm', got predictor={predictor!r}")
         if len(corrector_range) != 2 or not 0 <= corrector_range[0] <= corrector_range[1] <= 1:
             raise ValueError(f"corrector_range must be (low, high) with 0 <= low <= high <= 1, got {corrector_range}")
         self._entries_per_level = corrector_steps if predictor == "none" else corrector_steps + 1
@@ -307,13 +318,13 @@ class PredictorCorrectorScheduler(ReverseVariance):
         prediction, variance_values = self._split(model_output.to(dtype), sample)
         eps, x_0 = self._noise_and_original(prediction, x, here)
         if there == here:
-            x = self._correct(x, eps, position, generator)
+            x = self._correct(x, eps, x_0, position, generator)
         elif self.config.predictor != "none":
             x = self._predict(x, eps, x_0, here, there, variance_values, generator)
         elif there == DATA:
             x = x_0
         else:
-            x = self._correct(x, eps, position, generator) * signal_kept(here, there)
+            x = self._correct(x, eps, x_0, position, generator) * signal_kept(here, there)
             if self._contained is not None:
                 z, scale = self._contained
                 self._contained = ContainedNoise(z, scale * signal_kept(here, there))
@@ -351,6 +362,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         """A state on level s, drawn from the law of the chosen reverse step."""
         if self.config.predictor == "secant":
             return self._secant_step(x, eps, x_0, t, s, generator)
+        if self.config.variance_type in SELF_ESTIMATED:
+            return self._self_estimated_step(x, x_0, t, s, generator)
         mean, deviation = self._reverse_step(x, eps, x_0, t, s, variance_values)
         self._last_prediction = Prediction(t, x_0)
         self._contained = None
@@ -381,7 +394,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
             past = self._last_prediction if self.config.solver_order == 2 else None
             return probability_flow(x, x_0, t, s, *(past or (None, None))), 0.0
         if predictor == "ddim":
-            step = ddim(eps, x_0, t, s, self.config.eta)
+            step = ddim(eps, x_0, t, s, self.config.eta or 0.0)
         elif t.alpha == 0:
             step = ddpm(x, x_0, t, s)
         else:
@@ -398,7 +411,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """See `secant`; in the coordinates y = x / alpha of level s."""
-        b, variance = contraction(t, s, self.config.eta)
+        b, variance = contraction(t, s, 1.0 if self.config.eta is None else self.config.eta)
         mean = x_0 + math.sqrt(max((s.sigma / s.alpha) ** 2 - variance, 0.0)) * eps
         past, is_last = self._innovation, s.sigma == 0
         if past is not None:
@@ -423,12 +436,45 @@ class PredictorCorrectorScheduler(ReverseVariance):
             self._innovation = Innovation(t, s, x_0, expected, b, noise, deviation)
         return s.alpha * y
 
+    def _self_estimated_step(
+        self,
+        x: torch.Tensor,
+        x_0: torch.Tensor,
+        t: Level,
+        s: Level,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The ancestral step with the covariance that the last two calls measured, see `self_estimated_variance`."""
+        law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
+        mean = law.sample_weight * x + law.original_weight * x_0
+        x_s, variance, past = mean, law.posterior_variance, self._innovation
+        if past is not None and (s.sigma > 0 or self.config.last_step_noise):
+            is_isotropic = self.config.variance_type == "self_estimated_isotropic"
+            direction, rest = spread_of_original(x_0, x / t.alpha, past, is_isotropic)
+            spread = law.original_weight * t.sigma / t.alpha
+            variance = variance + spread**2 * rest
+            if direction is not None:
+                sign = standard_normal(x.reshape(len(x), -1)[:, :1], generator, x.dtype).sign()
+                x_s = x_s + spread * sign.reshape((-1,) + (1,) * (x.ndim - 1)) * direction
+
+        noise, deviation = None, 0.0
+        if isinstance(variance, torch.Tensor) or variance > 0:
+            noise = standard_normal(x, generator, x.dtype)
+            deviation = variance**0.5
+            x_s = x_s + (deviation.to(x.dtype) if isinstance(deviation, torch.Tensor) else deviation) * noise
+            self._contained = ContainedNoise(noise, deviation)
+        if s.sigma > 0 and t.alpha > 0:
+            moved = (t.sigma / t.alpha) ** 2 - (s.sigma / s.alpha) ** 2
+            self._innovation = Innovation(t, s, x_0, mean / s.alpha, 0.0, noise, deviation / s.alpha, moved)
+        return x_s
+
     # ---- corrector --------------------------------------------------------------------------------------------------
 
     def _correct(
         self,
         x: torch.Tensor,
         eps: torch.Tensor,
+        x_0: torch.Tensor,
         position: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
@@ -438,6 +484,9 @@ class PredictorCorrectorScheduler(ReverseVariance):
         step_size = self._step_size(eps, z, position)
         if isinstance(step_size, float) and step_size == 0:
             return x
+        if self.config.variance_type in SELF_ESTIMATED and level.alpha > 0:
+            moved = 2 * step_size / level.alpha**2
+            self._innovation = Innovation(level, level, x_0, x / level.alpha, 0.0, z, moved**0.5, moved)
         noise = z
         if self.config.corrector == "leimkuhler_matthews":
             noise = (self._noise_in(x, (0.5 * step_size) ** 0.5, generator) + z) / 2

@@ -29,7 +29,8 @@ resolved (R -> 0), and less where it is not.
     l_1 = tr L / d        = D.z / (w |z|^2)     by the isotropic noise w z of the last step (Stein's identity) or,
                                                 where there is none, or few coordinates, D.u / |u|^2
     l_2 = tr L^2 / tr L   = |D|^2 / D.u
-    l_3 = tr L^3 / tr L^2 ~ l_2 max(1, l_2 / l_1), at most 1: the mean slope along D, extrapolated
+    l_3 = tr L^3 / tr L^2 ~ l_2 max(1, l_2 / l_1)^(1/2), at most 1: the mean slope along D. These ratios grow, and
+                            stop at 1; this is half way between no growth and growth as before
 
 so R = l_3 gives c, and isotropic noise fills the trace of k^2 s^2 L up with what c D does not give on average,
 
@@ -41,7 +42,7 @@ All moments agree if L = R I, where the step is exact, and l_2 = l_3 = 1 if ever
 
 Nothing here costs a network call. Everything is a function of one sample alone.
 
-Source: this library; `docs/self_estimated_variance.md` has the derivation, figures and where it fails. It rests on Stein
+Source: this library; docs/self_estimated_variance.md has the derivation, figures and where it fails. It rests on Stein
 1981, "Estimation of the Mean of a Multivariate Normal Distribution", Ann. Statist. 9; Efron 2011, "Tweedie's Formula
 and Selection Bias", J. Amer. Statist. Assoc. 106; and, as a multistep method, Lu et al. 2022, arXiv:2211.01095.
 
@@ -75,6 +76,7 @@ class Innovation(NamedTuple):
     contraction: float  # b of the step
     noise: torch.Tensor | None
     deviation: torch.Tensor | float
+    moved: float | torch.Tensor = 0.0  # variance per coordinate that an exact step would have moved the state by
 
 
 class Slopes(NamedTuple):
@@ -96,7 +98,7 @@ def measured_slopes(change: torch.Tensor, innovation: torch.Tensor, past: Innova
     along_innovation = (DD / torch.maximum(Du, DD).clamp(min=tiny)).clamp(NARROW, 1 - NARROW)
     average = average.clamp(0, 1)
     growth = along_innovation / average.clamp(min=NARROW)
-    along_change = (along_innovation * growth.clamp(min=1)).clamp(NARROW, 1 - NARROW)
+    along_change = (along_innovation * growth.clamp(min=1).sqrt()).clamp(NARROW, 1 - NARROW)
     return Slopes(average, along_innovation, along_change)
 
 
