@@ -20,12 +20,15 @@ Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and t
 Bernoulli 2.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from annealers.schedulers.gaussian_path import Level
+
+LARGEST_END_VARIANCE = 1.2
 
 
 def langevin_step(
@@ -59,6 +62,25 @@ def end_variance(levels: Sequence[Level], step_size: float, steps_per_level: int
         if there is not None and here.alpha > 0:
             variance *= ((here.sigma / here.alpha) / (there.sigma / there.alpha)) ** 2
     return variance
+
+
+def warn_of_end_variance(levels: Sequence[Level], step_size: float, steps_per_level: int, factor: float = 1.0) -> None:
+    """Warns of settings that end with too much noise, and says which would not; for a caller's `set_timesteps`.
+
+    Args:
+        levels, step_size, steps_per_level: As in `end_variance`.
+        factor: The step size over the number that the user set, in which the advice is given.
+    """
+    variance = end_variance(levels, step_size, steps_per_level)
+    if variance <= LARGEST_END_VARIANCE:
+        return
+    enough_step, enough = sufficient_settings(levels, LARGEST_END_VARIANCE)
+    warnings.warn(
+        f"{len(levels)} levels with {steps_per_level} Langevin steps of size {step_size / factor:.4g} end with "
+        f"{variance:.3g} times the noise variance of the last level; {enough} steps of size {enough_step / factor:.3g} "
+        f"would stay below {LARGEST_END_VARIANCE}, and so would more levels",
+        stacklevel=5,  # who called set_timesteps
+    )
 
 
 def sufficient_settings(levels: Sequence[Level], limit: float) -> tuple[float, int]:

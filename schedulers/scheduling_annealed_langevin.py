@@ -28,8 +28,6 @@ Jolicoeur-Martineau, Piché-Taillefer, Tachet des Combes, Mitliagkas 2020, "Adve
 sampling for image generation", arXiv:2009.05475, Sec. 3.1.
 """
 
-import warnings
-
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -43,11 +41,10 @@ from annealers.schedulers.gaussian_path import (
     standard_normal,
     working_dtype,
 )
-from annealers.schedulers.langevin import end_variance, langevin_step, signal_kept, sufficient_settings
+from annealers.schedulers.langevin import langevin_step, signal_kept, warn_of_end_variance
 
 STEP_CONVENTIONS = {"ncsnv2": 1.0, "ncsn": 0.5}  # delta / a_i, the step of x + delta s + sqrt(2 delta) z
 LEVELS = ("geometric", "path")
-LARGEST_END_VARIANCE = 1.2
 
 
 class AnnealedLangevinScheduler(GaussianPathScheduler):
@@ -133,7 +130,8 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
 
     def _visits(self, levels: list[Level]) -> list[Visit]:
         if self.num_inference_steps is not None:
-            self._warn_of_the_end_variance(levels)
+            factor = STEP_CONVENTIONS[self.config.step_convention]
+            warn_of_end_variance(levels, self._relative_step_size, self.config.steps_per_level, factor)
         calls = []
         for here, there in zip(levels, [*levels[1:], DATA], strict=True):
             calls += [Visit(here, here)] * (self.config.steps_per_level - 1) + [Visit(here, there)]
@@ -141,21 +139,6 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
             calls[-1] = Visit(levels[-1], levels[-1])
             calls.append(Visit(levels[-1], DATA))
         return calls
-
-    def _warn_of_the_end_variance(self, levels: list[Level]) -> None:
-        step, K = self._relative_step_size, self.config.steps_per_level
-        variance = end_variance(levels, step, K)
-        if variance <= LARGEST_END_VARIANCE:
-            return
-        enough_step, enough = sufficient_settings(levels, LARGEST_END_VARIANCE)
-        enough_step /= STEP_CONVENTIONS[self.config.step_convention]
-        warnings.warn(
-            f"{len(levels)} levels with steps_per_level={K} and step_size={self.config.step_size} end with "
-            f"{variance:.3g} times the noise variance of the last level, which they are to end with; "
-            f"steps_per_level={enough} and step_size={enough_step:.3g} would stay below {LARGEST_END_VARIANCE}, "
-            "and so would more levels",
-            stacklevel=5,
-        )
 
     @property
     def _relative_step_size(self) -> float:

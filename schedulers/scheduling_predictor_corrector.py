@@ -11,8 +11,7 @@ A predictor walks from one noise level to the next; on the new level, M Langevin
     reversal      delta = beta~ / (2 M)                     beta~: variance of the ancestral step that leads here
 
 r is the corrector's signal-to-noise ratio. delta <= sigma^2, so r <= sqrt(1/2), keeps the corrector a contraction for
-any data; steps measured by norms are held to that too. The step by norms depends on the state and so does not keep the
-law exactly. "reversal" makes a deterministic predictor and its corrections, together, the reversed SDE, which is half
+any data; "norm" is held to that too. A step by norms depends on the state and so does not keep the law exactly. "reversal" makes a deterministic predictor and its corrections, together, the reversed SDE, which is half
 probability flow and half Langevin dynamics.
 
 `leimkuhler_matthews` averages each noise with the next,
@@ -61,7 +60,7 @@ from annealers.schedulers.gaussian_path import (
     transition,
     working_dtype,
 )
-from annealers.schedulers.langevin import langevin_step, signal_kept
+from annealers.schedulers.langevin import langevin_step, signal_kept, warn_of_end_variance
 from annealers.schedulers.path_tables import strictly_decreasing
 from annealers.schedulers.reverse_steps import (
     ddim,
@@ -138,8 +137,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         step_size_rule: "sigma", "norm", "batch_norm" or "reversal", which does not use `snr`; see the file.
         corrector_range: The part of the train timesteps, (low, high) in 0 .. 1, on whose levels the corrector acts.
         layout: "heun" or "full": whether the first level is corrected as well.
-        last_step_noise: Whether the step to the data keeps the noise of `variance_type`, or that of "secant". It is part
-            of the exact law, for levels that end near the data, as those of "karras" spacing do.
+        last_step_noise: Whether the step to the data keeps the noise of `variance_type`, or of "secant". That is part of
+            the exact law, and right for levels that end near the data, as those of "karras" spacing do.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: How x̂_0 is kept in
             range, as in `DDPMAncestralScheduler`.
         mean_squared_noise: As in `DDPMAncestralScheduler`.
@@ -234,25 +233,27 @@ class PredictorCorrectorScheduler(ReverseVariance):
         """M corrections, which stay, and then the prediction, which leaves, on each level; the first is a start."""
         if self.config.predictor == "none":
             return self._corrections_only(levels)
-        M = self.config.corrector_steps
         stops: list[tuple[Level, int]] = []  # a level, and the corrections on it
-        if self.config.layout == "heun":
-            stops.append((levels[0], 0))
-            levels = levels[1:]
+        corrected = [self._is_corrected(level) for level in levels]
         for i, level in enumerate(levels):
-            if self._is_corrected(level):
-                stops.append((level, M))
+            if i == 0 and self.config.layout == "heun":
+                stops.append((level, 0))
+            elif corrected[i]:
+                stops.append((level, self.config.corrector_steps))
             elif self.num_inference_steps is None:  # the whole chain, before set_timesteps: nothing is in between
                 stops.append((level, 0))
-            elif i == 0 or self._is_corrected(levels[i - 1]):  # the first of a run of levels that are not corrected
-                end = next((j for j in range(i, len(levels)) if self._is_corrected(levels[j])), len(levels))
-                stops += [(between, 0) for between in self._subdivided(levels[i:end], [*levels, DATA][end])]
+            elif stops[-1:] == [] or corrected[i - 1] or (i == 1 and self.config.layout == "heun"):
+                # the first of a run of levels that are not corrected
+                end = next((j for j in range(i, len(levels)) if corrected[j]), len(levels))
+                stops += [(between, 0) for between in self._subdivided(levels, i, end)]
         visits = []
         for (here, corrections), (there, _) in zip(stops, [*stops[1:], (DATA, 0)], strict=True):
             visits += [Visit(here, here)] * corrections + [Visit(here, there)]
         return visits
 
     def _corrections_only(self, levels: list[Level]) -> list[Visit]:
+        if self.num_inference_steps is not None and self.config.step_size_rule == "sigma" and self.config.snr > 0:
+            warn_of_end_variance(levels, 2 * self.config.snr**2, self.config.corrector_steps)
         visits = []
         for here, there in zip(levels, [*levels[1:], levels[-1]], strict=True):
             visits += [Visit(here, here)] * (self.config.corrector_steps - 1) + [Visit(here, there)]
@@ -262,24 +263,34 @@ class PredictorCorrectorScheduler(ReverseVariance):
         low, high = self.config.corrector_range
         return low <= level.timestep / (self._num_levels - (not self._is_flow)) <= high
 
-    def _subdivided(self, run: list[Level], end: Level) -> list[Level]:
-        """M + 1 levels in the place of each of a run of levels, down to the next one after them, evenly in between."""
-        parts, M = len(run), self.config.corrector_steps
-        last = end.timestep if end.sigma > 0 else self.train_timesteps[0] - 1
-        anchors = [level.timestep for level in run] + [last]
-        wanted = np.interp(np.arange(parts * (M + 1)) / (M + 1), np.arange(parts + 1), anchors)
+    def _subdivided(self, levels: list[Level], begin: int, end: int) -> list[Level]:
+        """M + 1 levels in the place of each of levels[begin:end], evenly spaced.
+
+        In the layout "heun" they lie on the way to each level, which is the last of its M + 1, and in "full" on the way
+        from it, which is the first: where sampling may start, each time, is a position that `order` divides.
+        """
+        parts, M = end - begin, self.config.corrector_steps
+        beyond = self.train_timesteps[0] - 1  # the data
+        marks = [level.timestep for level in levels] + [beyond]
+        if self.config.layout == "heun":
+            anchors, first = marks[begin - 1 : end], 1
+            floor, ceiling = anchors[-1], anchors[0] - 1
+        else:
+            anchors, first = marks[begin : end + 1], 0
+            floor, ceiling = anchors[-1] + 1, anchors[0]
+        positions = (np.arange(parts * (M + 1)) + first) / (M + 1)
+        wanted = np.interp(positions, np.arange(parts + 1), anchors)
         if self._is_flow:
             return [self._level(np.float32(timestep)) for timestep in wanted]
-        room = int(run[0].timestep - last)
+        room = int(ceiling - floor) + 1
         if len(wanted) > room:
             raise ValueError(
                 f"outside of corrector_range={tuple(self.config.corrector_range)} each level becomes {M + 1} steps, "
-                f"{len(wanted)} from timestep {run[0].timestep} on, and there are {room} train timesteps: use fewer "
-                "levels, fewer corrector_steps or a wider range"
+                f"{len(wanted)} between the timesteps {ceiling} and {floor}, where there are {room}: use fewer levels, "
+                "fewer corrector_steps or a wider range"
             )
-        # counted from the end of the run; nothing moves above its first level
-        offsets = strictly_decreasing(np.round(wanted - last - 1).astype(np.int64), room)
-        return [self._level(int(offset + last + 1)) for offset in offsets]
+        offsets = strictly_decreasing(np.round(wanted - floor).astype(np.int64), room)
+        return [self._level(int(offset + floor)) for offset in offsets]
 
     # ---- reverse: noise to data -------------------------------------------------------------------------------------
 
@@ -494,7 +505,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         return langevin_step(x, eps, level.sigma, step_size, noise)
 
     def _step_size(self, eps: torch.Tensor, z: torch.Tensor, position: int) -> float | torch.Tensor:
-        """delta, () or (B, 1, ..); at most sigma^2, also where the score is zero."""
+        """delta, () or (B, 1, ..); at most sigma^2 but for "batch_norm", and finite where the score is zero."""
         level, r, rule = self._schedule[position].here, self.config.snr, self.config.step_size_rule
         sigma = level.sigma
         if r == 0 and rule != "reversal":
@@ -508,8 +519,9 @@ class PredictorCorrectorScheduler(ReverseVariance):
             arrival = transition(start.alpha, start.sigma, level.alpha, level.sigma)
             return arrival.posterior_variance / (2 * self.config.corrector_steps)
         score_norm, noise_norm = sample_norm(eps) / sigma, sample_norm(z)
-        if rule == "batch_norm":
+        if rule == "batch_norm":  # as published, but for a zero score
             score_norm, noise_norm = score_norm.mean(0, keepdim=True), noise_norm.mean(0, keepdim=True)
+            return torch.where(score_norm > 0, 2 * (r * noise_norm / score_norm) ** 2, sigma**2)
         return (2 * (r * noise_norm / score_norm) ** 2).clamp(max=sigma**2)
 
     def _noise_in(
