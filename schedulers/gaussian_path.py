@@ -609,11 +609,14 @@ def _meant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "invert_sigmas=True is of a network that counts its time from the noise, which no scheduler here does"
         )
-    return {
+    meant = {
         "clip_sample": config.get("clip_sample", False),
         "prediction_type": config.get("prediction_type", "flow_prediction" if "shift" in config else "epsilon"),
         "shift": config.get("shift", config.get("flow_shift", 1.0)),
     }
+    if config.get("use_flow_sigmas") and "shift" not in config:  # multistep solvers then space evenly to the data
+        meant["timestep_spacing"] = "trailing"
+    return meant
 
 
 def _decreasing_positive(name: str, values: Sequence[float] | np.ndarray | torch.Tensor) -> np.ndarray:

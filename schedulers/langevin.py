@@ -77,7 +77,7 @@ def warn_of_end_variance(levels: Sequence[Level], step_size: float, steps_per_le
     enough_step, enough = sufficient_settings(levels, LARGEST_END_VARIANCE)
     warnings.warn(
         f"{len(levels)} levels with {steps_per_level} Langevin steps of size {step_size / factor:.4g} end with "
-        f"{variance:.3g} times the noise variance of the last level; {enough} steps of size {enough_step / factor:.3g} "
+        f"{variance:.3g} times the noise variance of the last level; {enough} of size {enough_step / factor:.3g} "
         f"would stay below {LARGEST_END_VARIANCE}, and so would more levels",
         stacklevel=5,  # who called set_timesteps
     )

@@ -11,8 +11,9 @@ A predictor walks from one noise level to the next; on the new level, M Langevin
     reversal      delta = beta~ / (2 M)                     beta~: variance of the ancestral step that leads here
 
 r is the corrector's signal-to-noise ratio. delta <= sigma^2, so r <= sqrt(1/2), keeps the corrector a contraction for
-any data; "norm" is held to that too. A step by norms depends on the state and so does not keep the law exactly. "reversal" makes a deterministic predictor and its corrections, together, the reversed SDE, which is half
-probability flow and half Langevin dynamics.
+any data; "norm" is held to that too. A step by norms depends on the state and so does not keep the law exactly.
+"reversal" makes a deterministic predictor and its corrections, together, the reversed SDE, which is half probability
+flow and half Langevin dynamics.
 
 `leimkuhler_matthews` averages each noise with the next,
 
@@ -137,7 +138,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         step_size_rule: "sigma", "norm", "batch_norm" or "reversal", which does not use `snr`; see the file.
         corrector_range: The part of the train timesteps, (low, high) in 0 .. 1, on whose levels the corrector acts.
         layout: "heun" or "full": whether the first level is corrected as well.
-        last_step_noise: Whether the step to the data keeps the noise of `variance_type`, or of "secant". That is part of
+        last_step_noise: Whether the step to the data keeps the noise of `variance_type`, or of "secant". It is part of
             the exact law, and right for levels that end near the data, as those of "karras" spacing do.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: How x̂_0 is kept in
             range, as in `DDPMAncestralScheduler`.
@@ -232,6 +233,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
     def _visits(self, levels: list[Level]) -> list[Visit]:
         """M corrections, which stay, and then the prediction, which leaves, on each level; the first is a start."""
         if self.config.predictor == "none":
+            if self.num_inference_steps is not None and self.config.step_size_rule == "sigma" and self.config.snr > 0:
+                warn_of_end_variance(levels, 2 * self.config.snr**2, self.config.corrector_steps)
             return self._corrections_only(levels)
         stops: list[tuple[Level, int]] = []  # a level, and the corrections on it
         corrected = [self._is_corrected(level) for level in levels]
@@ -252,8 +255,6 @@ class PredictorCorrectorScheduler(ReverseVariance):
         return visits
 
     def _corrections_only(self, levels: list[Level]) -> list[Visit]:
-        if self.num_inference_steps is not None and self.config.step_size_rule == "sigma" and self.config.snr > 0:
-            warn_of_end_variance(levels, 2 * self.config.snr**2, self.config.corrector_steps)
         visits = []
         for here, there in zip(levels, [*levels[1:], levels[-1]], strict=True):
             visits += [Visit(here, here)] * (self.config.corrector_steps - 1) + [Visit(here, there)]
@@ -261,13 +262,13 @@ class PredictorCorrectorScheduler(ReverseVariance):
 
     def _is_corrected(self, level: Level) -> bool:
         low, high = self.config.corrector_range
-        return low <= level.timestep / (self._num_levels - (not self._is_flow)) <= high
+        return low <= level.timestep / max(self.train_timesteps[-1], 1) <= high
 
     def _subdivided(self, levels: list[Level], begin: int, end: int) -> list[Level]:
         """M + 1 levels in the place of each of levels[begin:end], evenly spaced.
 
-        In the layout "heun" they lie on the way to each level, which is the last of its M + 1, and in "full" on the way
-        from it, which is the first: where sampling may start, each time, is a position that `order` divides.
+        In the layout "heun" they lie on the way to each level, which is the last of its M + 1, and in "full" on the
+        way from it, which is the first. Either way the level itself is at a position that `order` divides.
         """
         parts, M = end - begin, self.config.corrector_steps
         beyond = self.train_timesteps[0] - 1  # the data
@@ -286,8 +287,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         if len(wanted) > room:
             raise ValueError(
                 f"outside of corrector_range={tuple(self.config.corrector_range)} each level becomes {M + 1} steps, "
-                f"{len(wanted)} between the timesteps {ceiling} and {floor}, where there are {room}: use fewer levels, "
-                "fewer corrector_steps or a wider range"
+                f"{len(wanted)} between the timesteps {ceiling} and {floor}, where there are {room}: use fewer "
+                "levels, fewer corrector_steps or a wider range"
             )
         offsets = strictly_decreasing(np.round(wanted - floor).astype(np.int64), room)
         return [self._level(int(offset + floor)) for offset in offsets]
