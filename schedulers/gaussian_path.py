@@ -147,7 +147,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         meant = {name: value for name, value in _meant_settings(config).items() if name not in kwargs}
         result = super().from_config(config, return_unused_kwargs, **meant, **kwargs)
         scheduler = result[0] if return_unused_kwargs else result
-        said = config.keys() - set(config.get("_use_default_values", []))
+        defaults = config.get("_use_default_values", [])
+        said = {name for name in meant if name in config and name not in defaults and config[name] == meant[name]}
         scheduler._mark_as_default(meant.keys() - said)
         return result
 
@@ -614,8 +615,8 @@ def _meant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "prediction_type": config.get("prediction_type", "flow_prediction" if "shift" in config else "epsilon"),
         "shift": config.get("shift", config.get("flow_shift", 1.0)),
     }
-    if config.get("use_flow_sigmas") and "shift" not in config:  # multistep solvers then space evenly to the data
-        meant["timestep_spacing"] = "trailing"
+    if config.get("use_flow_sigmas"):  # multistep solvers then space evenly to the data; with a `shift` it is ours
+        meant["timestep_spacing"] = config.get("timestep_spacing", "trailing") if "shift" in config else "trailing"
     return meant
 
 

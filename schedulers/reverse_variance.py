@@ -14,6 +14,9 @@ In its place stands
                                                                   of each coordinate of this state, as a network that
                                                                   is wrapped by `PosteriorVarianceModel` returns it
 
+Where there is no signal (alpha_t = 0) neither statistic says anything about the data: `optimal` goes on with what the
+nearest level with signal says, and `posterior` does without the second term, an error that later steps forget.
+
 Sources: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; Nichol & Dhariwal 2021,
 "Improved Denoising Diffusion Probabilistic Models", arXiv:2102.09672; Bao, Li, Zhu, Zhang 2022, "Analytic-DPM",
 arXiv:2201.06503.

@@ -46,8 +46,8 @@ class DDPMAncestralScheduler(ReverseVariance):
         clip_sample_range: Largest magnitude of x̂_0 with `clip_sample`.
         sample_max_value: Largest dynamic threshold.
         timestep_spacing: "leading", "linspace", "trailing", named as in Lin et al. 2023, arXiv:2305.08891, Table 2,
-            "karras": the train timesteps nearest to even steps of (sigma / alpha)^(1/7), or "optimal", the best for
-            the bound, which needs `denoising_error`.
+            "karras" and "geometric": the train timesteps nearest to even steps of (sigma / alpha)^(1/7) and of its
+            logarithm, or "optimal", the best for the bound, which needs `denoising_error`.
         steps_offset: Added to the timesteps of "leading" spacing.
         rescale_betas_zero_snr: Whether the last level is made pure noise.
         sigma_min, sigma_max: Ends of the geometric ladder, in units of the data.

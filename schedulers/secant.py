@@ -21,13 +21,13 @@ keeps Var[y'] exact if
     c^2 R U + 2 c K X = (1 - R) k^2      =>      c = q / (K X + sqrt(K^2 X^2 + R U q)),     q = (1 - R) k^2
 
 k_p^2 = L_p + (1 - L_p) b_p^2 is exact for eta = 0 and an approximation otherwise. So c D is what a multistep solver
-extrapolates, with a coefficient that is measured rather than assumed: at most the multistep one where the data is
-resolved (R -> 0), and less where it is not.
+extrapolates, with a coefficient that is measured rather than assumed. For small steps it is that of DPM-Solver++(2M),
+whatever R. For large ones it falls with R: with eta = 0 and noise levels that halve, from twice that at R -> 0, where
+x̂_0 hardly depends on the state, to a third of it at R -> 1.
 
 **Isotropic remainder.** One direction cannot carry the covariance of all. Moments of the spectrum of L are seen:
 
-    l_1 = tr L / d        = D.z / (w |z|^2)     by the isotropic noise w z of the last step (Stein's identity) or,
-                                                where there is none, or few coordinates, D.u / |u|^2
+    l_1 = tr L / d        = l_u + d w (D - l_u u).z / (d w^2 |z|^2 + |u|^2)     with l_u = D.u / |u|^2: see below
     l_2 = tr L^2 / tr L   = |D|^2 / D.u
     l_3 = tr L^3 / tr L^2 ~ l_2 max(1, l_2 / l_1)^(1/2), at most 1: the mean slope along D. These ratios grow, and
                             stop at 1; this is half way between no growth and growth as before
@@ -37,6 +37,11 @@ so R = l_3 gives c, and isotropic noise fills the trace of k^2 s^2 L up with wha
     l_1 s^2 (k^2 - (2 c K X + c^2 l_2 U) / (1 - l_2))_+        with K, X and U at R = l_2.
 
 All moments agree if L = R I, where the step is exact, and l_2 = l_3 = 1 if every direction is known or unknown.
+
+l_u is the mean slope in the directions that u happens to have. That of all of them is D.z / (w |z|^2), by the isotropic
+noise w z in u (Stein's identity), but its error is that of the rest of u over w. Two things keep it small. Only what l_u
+does not explain, D - l_u u, is measured along z; so there is no error if L = R I. And |u|^2 in the denominator takes
+the correction back where w |z| is less than |u| / sqrt(d), which is where it could not be told from chance.
 
 **The last step** goes to m, or to a draw from N(m, l_1 s^2 I) if its noise is kept.
 
@@ -59,7 +64,6 @@ import torch
 
 from annealers.schedulers.gaussian_path import Level
 
-FEW_COORDINATES = 8  # up to here z may be near 0 by chance, and a slope measured along it is wild
 NARROW = 1e-6  # slopes are kept this far from 0 and 1, where the formulas divide by them
 
 
@@ -91,10 +95,11 @@ def measured_slopes(change: torch.Tensor, innovation: torch.Tensor, past: Innova
     """l_1, l_2 and l_3 from D = L u."""
     Du, DD, uu = (inner(a, b) for a, b in ((change, innovation), (change, change), (innovation, innovation)))
     tiny = torch.finfo(torch.float64).tiny
-    if past.noise is None or change[0].numel() <= FEW_COORDINATES:
-        average = Du / uu.clamp(min=tiny)
-    else:
-        average = inner(change, past.noise) / (past.deviation * inner(past.noise, past.noise)).clamp(min=tiny)
+    average = Du / uu.clamp(min=tiny)
+    if past.noise is not None:
+        d, z, w = change[0].numel(), past.noise, past.deviation
+        unexplained = inner(change, z) - average * inner(innovation, z)
+        average = average + d * w * unexplained / (d * w**2 * inner(z, z) + uu).clamp(min=tiny)
     along_innovation = (DD / torch.maximum(Du, DD).clamp(min=tiny)).clamp(NARROW, 1 - NARROW)
     average = average.clamp(0, 1)
     growth = along_innovation / average.clamp(min=NARROW)
@@ -144,5 +149,6 @@ def missing_variance(
 
 
 def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner product of each sample, (B, 1, ..), float64."""
-    return (a.double() * b.double()).reshape(len(a), -1).sum(1).reshape((-1,) + (1,) * (a.ndim - 1))
+    """Inner product of each sample, (B, 1, ..), as float64 so that the few numbers made from it lose nothing more."""
+    products = torch.linalg.vecdot(a.reshape(len(a), -1), b.reshape(len(b), -1))
+    return products.double().reshape((-1,) + (1,) * (a.ndim - 1))

@@ -8,7 +8,8 @@ Between two calls the state moves by u, of which w z is isotropic noise, and x̂
     between levels     u is what an ancestral step went beside its mean, w z its own noise
 
 so xi = D / w ~ L z measures L along a random vector. Its mean slope is l_1 = D.z / (w |z|^2), which Stein's identity
-makes right on average, with a relative error of about d^(-1/2) for one sample. Then the covariance is
+makes right on average, with a relative error of about d^(-1/2) for one sample; `secant` has the form of it that does
+not suffer from what u holds besides. Then the covariance is
 
     self_estimated_isotropic   k^2 s^2 l_1 I
     self_estimated             k^2 s^2 (xi xi^T + (l_1 - |xi|^2 / d)_+ I)

@@ -13,7 +13,13 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,7 +232,7 @@ def test_a_gaussian_may_lack_variance_in_some_directions():
 
 
 def assert_same_law(law, other, x, tolerance=1e-10, **path):
-    for method in ("log_prob", "score", "denoise", "noise", "posterior_variance", "velocity"):
+    for method in ("log_prob", "score", "denoise", "noise", "posterior_variance", "velocity", "flow"):
         torch.testing.assert_close(
             getattr(law, method)(x, **path), getattr(other, method)(x, **path), rtol=tolerance, atol=tolerance
         )
@@ -440,7 +446,7 @@ def test_samples_have_the_dtype_of_the_tensors_the_law_was_made_from(dtype):
 
 # ---- shapes and dtypes ---------------------------------------------------------------------------------------------
 
-METHODS = ("log_prob", "score", "denoise", "noise", "posterior_variance", "velocity")
+METHODS = ("log_prob", "score", "denoise", "noise", "posterior_variance", "velocity", "flow")
 
 
 @every_law
@@ -580,17 +586,82 @@ def test_our_scheduler_recovers_the_posterior_mean_from_every_prediction_type(pr
     )
 
 
-def test_the_four_prediction_types_are_the_four_methods_of_the_law():
+def test_the_prediction_types_are_the_methods_of_the_law():
     scheduler, law, x, t = DDPMScheduler(), LAWS["full mixture"], randn(3, 2), 300
     alpha = float(scheduler.alphas_cumprod[t]) ** 0.5
     sigma = (1 - alpha**2) ** 0.5
-    predictions = {p: ExactModel(law, scheduler, p)(x, t).sample for p in (*DIFFUSERS_TYPES, "score")}
+    predictions = {
+        p: ExactModel(law, scheduler, p)(x, t).sample for p in (*DIFFUSERS_TYPES, "score", "flow_prediction")
+    }
     torch.testing.assert_close(predictions["score"], law.score(x, alpha, sigma))
     torch.testing.assert_close(predictions["epsilon"], -sigma * predictions["score"])
     torch.testing.assert_close(predictions["sample"], law.denoise(x, alpha, sigma))
     torch.testing.assert_close(
         predictions["v_prediction"], alpha * predictions["epsilon"] - sigma * predictions["sample"]
     )
+    torch.testing.assert_close(predictions["flow_prediction"], predictions["epsilon"] - predictions["sample"])
+
+
+# ---- flow matching: x_t = (1 - t) x_0 + t eps -----------------------------------------------------------------------
+
+
+@every_law
+@pytest.mark.parametrize("sigma", [0.02, 0.5, 0.98, 1.0])
+def test_the_flow_leads_from_the_state_to_the_posterior_mean_of_data_and_noise(law, sigma):
+    x = states(law, 5)
+    flow = law.flow(x, 1 - sigma, sigma)
+    torch.testing.assert_close(x - sigma * flow, law.denoise(x, 1 - sigma, sigma), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x + (1 - sigma) * flow, law.noise(x, 1 - sigma, sigma), rtol=1e-9, atol=1e-9)
+
+
+def test_the_flow_transports_the_law_of_gaussian_data():
+    # the flow field of N(m, S) is d/dt of the affine map that keeps its quantiles: x_t = (1 - t) m + sqrt(V_t) q
+    law, sigma, q = Gaussian(0.3, variance=0.7), torch.tensor([0.1, 0.4, 0.9], dtype=F64).requires_grad_(), 1.3
+    x = (1 - sigma) * 0.3 + ((1 - sigma) ** 2 * 0.7 + sigma**2).sqrt() * q
+    (speed,) = torch.autograd.grad(x.sum(), sigma)
+    t = sigma.detach()
+    torch.testing.assert_close(law.flow(x.detach(), 1 - t, t), speed, rtol=1e-12, atol=1e-12)
+
+
+FLOW_SCHEDULERS = {
+    "flow-matching Euler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "UniPC": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    "ours": DDPMAncestralScheduler(prediction_type="flow_prediction", clip_sample=False, shift=3.0),
+}
+
+
+@pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS.values(), ids=FLOW_SCHEDULERS.keys())
+def test_a_flow_matching_scheduler_is_asked_for_the_flow_at_sigma_equal_to_its_timestep(scheduler):
+    law, x, timesteps = LAWS["full mixture"], randn(4, 2), torch.tensor([1000.0, 700.25, 3.0, 0.5])
+    alpha, sigma = path_point(scheduler, timesteps)
+    assert alpha.dtype is sigma.dtype is F64
+    torch.testing.assert_close(sigma, torch.tensor([1.0, 0.70025, 0.003, 0.0005], dtype=F64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(alpha, 1 - sigma, rtol=0, atol=0)
+    expected = law.flow(x, 1 - sigma, sigma)
+    assert torch.equal(law.as_model(scheduler)(x, timesteps).sample, expected)
+    labels = torch.zeros(4, dtype=torch.long)
+    torch.testing.assert_close(ConditionalExactModel([law], scheduler)(x, timesteps, labels).sample, expected)
+    assert path_point(scheduler, 500)[0] == 0.5  # an integer is a time like any other
+
+
+def test_a_number_of_train_timesteps_of_its_own_is_the_unit_of_a_flows_time():
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=40)
+    assert [float(c) for c in path_point(scheduler, 30)] == [0.25, 0.75]
+
+
+def test_the_flow_matching_scheduler_of_diffusers_walks_to_gaussian_data_with_the_exact_model():
+    # Euler steps of the flow dx = v dt: x_0 is m + sqrt(S) q up to a first-order error
+    law, x, results = Gaussian(0.3, variance=0.7), torch.tensor([[-1.0], [0.5], [2.0]], dtype=F64), []
+    for steps in (50, 100, 200):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        model, state = law.as_model(scheduler), x
+        for t in scheduler.timesteps:
+            state = scheduler.step(model(state, t).sample, t, state).prev_sample
+        results.append(float((state - 0.3 - math.sqrt(0.7) * x).abs().max()))
+    assert results[-1] < 0.02
+    for coarse, fine in zip(results, results[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(1, abs=0.1)
 
 
 def test_schedulers_in_variance_exploding_coordinates_hand_over_states_the_model_understands():
@@ -672,6 +743,13 @@ def test_the_conditional_model_predicts_each_sample_under_its_own_law():
 
 # ---- errors name the value and what was expected -------------------------------------------------------------------
 
+
+class Untyped:
+    """A scheduler that says nothing about its network."""
+
+    config = {}  # noqa: RUF012
+
+
 NAN = float("nan")
 
 
@@ -702,7 +780,7 @@ NAN = float("nan")
         (lambda: FiniteData(POINTS, -POINT_WEIGHTS), "must not be negative"),
         (lambda: FiniteData(POINTS, block_size=0), "block_size must be at least 1, got 0"),
         (lambda: ExactModel(LAWS["full mixture"], DDPMScheduler(), "flow"), "epsilon, .*, got 'flow'"),
-        (lambda: ExactModel(LAWS["full mixture"], FlowMatchEulerDiscreteScheduler()), "one of .*, got None"),
+        (lambda: ExactModel(LAWS["full mixture"], Untyped()), "epsilon, .*flow_prediction, got None"),
         (lambda: ConditionalExactModel([], DDPMScheduler()), "at least one law"),
         (lambda: ConditionalExactModel(list(LAWS.values()), DDPMScheduler()), "all of one event shape"),
     ],
@@ -767,8 +845,12 @@ def test_path_points_that_are_on_no_table_are_refused():
         path_point(DDPMScheduler(), -1)
     with pytest.raises(ValueError, match="whole.*got 3.5"):
         path_point(DDPMScheduler(), 3.5)
-    with pytest.raises(ValueError, match="alphas_cumprod, got FlowMatchEulerDiscreteScheduler"):
-        path_point(FlowMatchEulerDiscreteScheduler(), 3)
+    with pytest.raises(ValueError, match="alphas_cumprod, got EDMDPMSolverMultistepScheduler"):
+        path_point(EDMDPMSolverMultistepScheduler(), 3)
+    for scheduler in FLOW_SCHEDULERS.values():
+        for timestep in (-0.5, 1000.5, torch.tensor([3.0, 1001.0])):
+            with pytest.raises(ValueError, match=r"0 \.\. 1000, got .*(-0\.5|1000\.5|1001)"):
+                path_point(scheduler, timestep)
 
 
 @pytest.mark.parametrize(

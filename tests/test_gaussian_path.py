@@ -12,17 +12,18 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 
 from annealers.schedulers import DDPMAncestralScheduler
-from annealers.schedulers.gaussian_path import transition
+from annealers.schedulers.gaussian_path import DATA, Level, Visit, transition
 
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 LADDER = {"beta_schedule": "geometric", "sigma_min": 0.02, "sigma_max": 40.0}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 PATHS = [{"beta_schedule": name} for name in BETA_SCHEDULES] + [LADDER, ZERO_SNR]
-SPACINGS = ["leading", "linspace", "trailing", "karras"]
+FLOW = {"prediction_type": "flow_prediction"}
+SPACINGS = ["leading", "linspace", "trailing", "karras", "geometric"]
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction", "score"]
 SHAPES = [(6,), (6, 3), (6, 2, 5), (6, 1, 4, 4), (6, 2, 3, 4, 4)]  # the first axis is the batch
 
@@ -303,7 +304,7 @@ def test_as_many_steps_as_train_timesteps_are_the_whole_chain(spacing, T):
     assert schedule(T, T, timestep_spacing=spacing) == list(reversed(range(T)))
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "trailing", "karras"])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "karras", "geometric"])
 def test_one_step_starts_from_pure_noise(spacing):
     assert schedule(1, timestep_spacing=spacing) == [999]
 
@@ -521,6 +522,90 @@ def test_a_stale_view_of_an_earlier_schedule_is_matched_by_value():
     assert scheduler.step_index == 1 + scheduler.timesteps.tolist().index(250)
 
 
+@pytest.mark.parametrize("begin", [None, 0])
+@pytest.mark.parametrize("form", ["view", "view (1,)", "clone", "float"])
+def test_every_form_of_a_time_finds_the_same_position_on_a_flow_path(form, begin):
+    scheduler = DDPMAncestralScheduler(clip_sample=False, shift=3.0, **FLOW)
+    scheduler.set_timesteps(7)
+    expected, _ = run(scheduler, scheduler.timesteps, draw(2, 3))
+    for start in (0, 4):
+        scheduler.set_timesteps(7)
+        if begin is not None:
+            scheduler.set_begin_index(start)
+        forms = [FORMS_OF_A_TIMESTEP[form](t) for t in scheduler.timesteps[start:]]
+        result, positions = run(scheduler, forms, draw(2, 3))
+        assert positions == list(range(start + 1, 8))
+        assert start or torch.equal(result, expected)
+    with pytest.raises(ValueError, match=r"timestep 500\.25 is not one of the 7 of the schedule, 1000\.0 \.\. "):
+        run(scheduler, [500.25], draw(2, 3))
+
+
+class TwoCalls(DDPMAncestralScheduler):
+    """Calls its network twice on each level: the first call of a level stays on it."""
+
+    order = 2
+
+    def _visits(self, levels):
+        visits = super()._visits(levels)
+        return [each for visit in visits for each in (Visit(visit.here, visit.here), visit)]
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        position = self._position(timestep)
+        self._step_index = position + 1
+        return self._schedule[position]
+
+
+def visited(scheduler, timesteps):
+    """(level, does the step stay on it) of each call."""
+    steps = [scheduler.step(None, t, None) for t in timesteps]
+    return [(here.timestep, here == there) for here, there in steps]
+
+
+@pytest.mark.parametrize("form", FORMS_OF_A_TIMESTEP)
+@pytest.mark.parametrize("begin", [None, 0])
+@pytest.mark.parametrize("first", [0, 2, 6])
+def test_repeated_timesteps_are_told_apart_in_every_form_and_from_any_level_on(first, begin, form):
+    scheduler = TwoCalls()
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [750, 750, 500, 500, 250, 250, 0, 0]
+    if begin is not None:
+        scheduler.set_begin_index(first)
+    part = scheduler.timesteps[first:]  # as img2img and the SDXL refiner cut it
+    expected = [(t, stays) for t in (750, 500, 250, 0) for stays in (True, False)][first:]
+    for _ in range(2):  # and once more without setting them again
+        assert visited(scheduler, map(FORMS_OF_A_TIMESTEP[form], part)) == expected
+        assert scheduler.step_index == 8
+
+
+def test_repeated_timesteps_by_value_go_on_with_the_call_that_is_due():
+    scheduler = TwoCalls()
+    scheduler.set_timesteps(4)
+    assert visited(scheduler, [500, 500, 250]) == [(500, True), (500, False), (250, True)]
+    assert visited(scheduler, [750]) == [(750, True)]  # another level begins anew
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(3)
+    assert visited(scheduler, [500, 250]) == [(500, False), (250, True)]
+
+
+@pytest.mark.parametrize("view", [lambda t: t[2:], lambda t: t[2:8][0:], lambda t: t[1:][1:], lambda t: t[-6:]])
+def test_a_view_of_a_slice_is_its_own_position(view):
+    scheduler = TwoCalls()
+    scheduler.set_timesteps(4)
+    cut = view(scheduler.timesteps)
+    assert visited(scheduler, cut[3:4])[0] == (250, False)
+    assert scheduler.step_index == 6
+    assert visited(scheduler, cut[::2]) == [(500, True), (250, True), (0, True)]
+
+
+def test_a_visit_leads_to_the_next_level_and_the_last_to_the_data():
+    scheduler = DDPMAncestralScheduler(num_train_timesteps=20)
+    scheduler.set_timesteps(3)
+    alpha, sigma = whole_table(scheduler)
+    levels = [Level(t, alpha[t].item(), sigma[t].item()) for t in scheduler.timesteps.tolist()]
+    assert scheduler._schedule == [Visit(*pair) for pair in zip(levels, [*levels[1:], DATA], strict=True)]
+    assert DATA == (-1, 1, 0)
+
+
 # ---- forward: data to noise -----------------------------------------------------------------------------------------
 
 
@@ -596,6 +681,125 @@ def test_scale_model_input_changes_nothing():
     assert scheduler.scale_model_input(x, 999) is x
     assert scheduler.scale_model_input(x) is x
     assert (scheduler.init_noise_sigma, scheduler.order) == (1, 1)
+
+
+# ---- forward on a flow path -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_flow_path_mixes_data_and_noise_and_its_target_is_their_difference(shape, dtype):
+    scheduler = DDPMAncestralScheduler(**FLOW, shift=3.0)  # the shift moves the schedule, not the path
+    x_0, eps = draw(*shape, seed=1).to(dtype), draw(*shape, seed=2).to(dtype)
+    timesteps = torch.tensor([1000.0, 999.5, 640.25, 20.0, 0.125, 0.0])
+    t = like(timesteps.double() / 1000, x_0)
+    rounding = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4e-7 if dtype is not torch.float64 else 4e-8}
+    x_t = scheduler.add_noise(x_0, eps, timesteps)
+    assert x_t.dtype is dtype
+    torch.testing.assert_close(x_t.double(), (1 - t) * x_0.double() + t * eps.double(), **rounding)
+    assert torch.equal(scheduler.scale_noise(x_0, timesteps, eps), x_t)
+    target = scheduler.training_target(x_0, eps, timesteps)
+    assert torch.equal(target, eps - x_0)
+    velocity = scheduler.get_velocity(x_0, eps, timesteps)
+    torch.testing.assert_close(velocity.double(), (1 - t) * eps.double() - t * x_0.double(), **rounding)
+    restored = scheduler.original_sample(target, x_t, timesteps)
+    assert restored.dtype is torch.promote_types(dtype, torch.float32)
+    lost = 8 * torch.finfo(dtype).eps * float(eps.double().abs().max() + x_0.double().abs().max())
+    torch.testing.assert_close(restored.double(), x_0.double(), rtol=0, atol=max(lost, 4e-7))
+
+
+def test_the_forward_process_of_a_flow_is_that_of_the_flow_matching_scheduler():
+    ours, theirs = DDPMAncestralScheduler(**FLOW, shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    x_0, eps = draw(2, 3, seed=1), draw(2, 3, seed=2)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    for i in range(10):
+        t = theirs.timesteps[i : i + 1].repeat(2)
+        expected = theirs.scale_noise(x_0, t, eps)
+        torch.testing.assert_close(ours.scale_noise(x_0, ours.timesteps[i : i + 1], eps), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("timestep", [321, 321.0, torch.tensor(321.0), torch.tensor([321.0]), torch.tensor(321)])
+def test_one_time_serves_the_whole_batch_on_a_flow_path(timestep):
+    scheduler, x_0, eps = DDPMAncestralScheduler(**FLOW), draw(6, 2, seed=1), draw(6, 2, seed=2)
+    for method in (scheduler.add_noise, scheduler.get_velocity, scheduler.training_target, scheduler.original_sample):
+        assert torch.equal(method(x_0, eps, timestep), method(x_0, eps, torch.full((6,), 321)))
+
+
+PAIRS_OF_TIMES = [(1000.0, 400.5), (999.0, 998.0), (500.25, 499.75), (20.0, 0.5)]
+
+
+@pytest.mark.parametrize(("t", "s"), PAIRS_OF_TIMES)
+def test_the_law_between_two_levels_of_a_flow_obeys_bayes_rule(t, s):
+    scheduler = DDPMAncestralScheduler(**FLOW)
+    (alpha_t, alpha_s), (sigma_t, sigma_s) = scheduler.signal_and_noise(torch.tensor([t, s]))
+    x_0, x_t, x_s = draw(4, 1, seed=1), draw(4, 1, seed=2), draw(4, 7, seed=3)
+    mean, variance = scheduler.posterior(x_0, x_t, torch.full((4,), t), torch.full((4,), s))
+    a = alpha_t / alpha_s
+    step = Normal(a * x_s, (sigma_t**2 - a**2 * sigma_s**2).sqrt())
+    right = step.log_prob(x_t) + Normal(alpha_s * x_0, sigma_s).log_prob(x_s)
+    left = Normal(mean, variance.sqrt()).log_prob(x_s) + Normal(alpha_t * x_0, sigma_t).log_prob(x_t)
+    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_the_posterior_of_a_flow_at_the_data_is_the_data():
+    x_0, x_t = draw(3, 2, seed=1), draw(3, 2, seed=2)
+    scheduler = DDPMAncestralScheduler(**FLOW)
+    for arguments in [(torch.ones(3),), (torch.tensor([0.5, 90.0, 1000.0]), torch.zeros(3))]:
+        mean, variance = scheduler.posterior(x_0, x_t, *arguments)
+        torch.testing.assert_close(mean, x_0)
+        assert (variance == 0).all()
+
+
+# ---- the two predictions of a network -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    ("path", "timestep"),
+    [
+        *[({"prediction_type": each}, t) for each in PREDICTION_TYPES for t in (0, 500, 999)],
+        *[(ZERO_SNR | {"prediction_type": each}, 999) for each in ("sample", "v_prediction")],
+        *[(FLOW, t) for t in (1000.0, 500.5, 0.5)],
+    ],
+)
+def test_noise_and_data_are_predicted_from_the_training_target_and_fit_the_state(path, timestep, clip):
+    scheduler = DDPMAncestralScheduler(clip_sample=clip, clip_sample_range=0.5, **path)
+    x_0, eps, level = draw(4, 3, seed=1), draw(4, 3, seed=2), scheduler._level(timestep)
+    x_t = scheduler.add_noise(x_0, eps, timestep)
+    target = scheduler.training_target(x_0, eps, timestep)
+    noise, data = scheduler._noise_and_original(target, x_t, level)
+    expected = x_0.clamp(-0.5, 0.5) if clip else x_0
+    torch.testing.assert_close(data, expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(level.alpha * data + level.sigma * noise, x_t, rtol=1e-9, atol=1e-9)
+    if not clip:
+        torch.testing.assert_close(noise, eps, rtol=1e-7, atol=1e-7)
+
+
+def test_thresholding_restricts_both_predictions():
+    scheduler = DDPMAncestralScheduler(thresholding=True, prediction_type="sample", sample_max_value=3.0)
+    x_t, level = draw(2, 50), scheduler._level(500)
+    noise, data = scheduler._noise_and_original(4 * draw(2, 50, seed=1), x_t, level)
+    assert data.abs().max() == 1
+    torch.testing.assert_close(level.alpha * data + level.sigma * noise, x_t)
+
+
+@pytest.mark.parametrize("prediction_type", [*PREDICTION_TYPES, "flow_prediction"])
+def test_close_to_the_data_the_noise_keeps_its_digits_in_single_precision(prediction_type):
+    scheduler = DDPMAncestralScheduler(clip_sample=False, prediction_type=prediction_type)
+    level, x_0, eps = scheduler._level(1), draw(500, seed=1), draw(500, seed=2)
+    x_t = scheduler.add_noise(x_0, eps, torch.ones(500, dtype=torch.long))
+    target = scheduler.training_target(x_0, eps, 1)
+    noise, _ = scheduler._noise_and_original(target.float(), x_t.float(), level)
+    # x̂_0 itself as the output is the exception: its rounding is divided by sigma
+    assert (noise - eps).abs().max() < (5e-7 / level.sigma if prediction_type == "sample" else 2e-6)
+
+
+def test_outputs_of_another_shape_are_refused():
+    scheduler = DDPMAncestralScheduler()
+    scheduler._check_shape(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"shape of the sample, \(2, 3\), got \(2, 4\)"):
+        scheduler._check_shape(torch.zeros(2, 4), torch.zeros(2, 3))
 
 
 # ---- between two levels ---------------------------------------------------------------------------------------------
@@ -738,5 +942,9 @@ def test_forward_and_laws_read_no_value_of_a_device():
         assert scheduler.posterior(x, x, timesteps)[0].shape == x.shape
         assert scheduler.reverse_law(x, x, timesteps)[0].shape == x.shape
     assert scheduler.add_noise(x, x, torch.tensor([7])).device.type == "meta"  # as inpainting calls it
+    flow, times = DDPMAncestralScheduler(**FLOW), torch.empty(4, device="meta")
+    for method in (flow.add_noise, flow.get_velocity, flow.original_sample, flow.training_target):
+        assert method(x, x, times).device.type == "meta"
+    assert flow.reverse_law(x, x, times)[0].shape == x.shape
     with pytest.raises(RuntimeError):
         x.sum().item()

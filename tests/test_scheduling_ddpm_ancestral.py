@@ -19,7 +19,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils.dummy_torch_and_torchsde_objects import DPMSolverSDEScheduler as NeedsTorchsde
 
@@ -29,9 +36,10 @@ from annealers.schedulers import GaussianPathScheduler, GaussianPathSchedulerOut
 
 LADDER = {"beta_schedule": "geometric", "sigma_min": 0.02, "sigma_max": 40.0}
 PATHS = [{"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")] + [LADDER]
-SPACINGS = ["leading", "linspace", "trailing", "karras"]
+FLOW = {"prediction_type": "flow_prediction"}
+SPACINGS = ["leading", "linspace", "trailing", "karras", "geometric"]
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction", "score"]
-VARIANCE_TYPES = ["fixed_small", "fixed_large", "learned", "learned_range", "optimal"]
+VARIANCE_TYPES = ["fixed_small", "fixed_large", "learned", "learned_range", "optimal", "posterior"]
 SHAPES = [(3,), (3, 4), (3, 2, 5), (3, 2, 4, 4), (3, 2, 3, 4, 4)]  # the first axis is the batch
 M, S = 0.7, 0.25  # mean and variance of the Gaussian data
 GAUSSIAN = Gaussian(M, variance=S)
@@ -47,7 +55,7 @@ def draw(*shape, seed=0):
 
 
 def is_learned(scheduler):
-    return scheduler.config.variance_type in ("learned", "learned_range")
+    return scheduler.config.variance_type in ("learned", "learned_range", "posterior")
 
 
 def build(law=GAUSSIAN, **config):
@@ -61,7 +69,7 @@ def build(law=GAUSSIAN, **config):
 
 def mean_squared_noise(law, scheduler):
     """E[eps-hat^2] at every train timestep: in closed form, or as an integral over x_t."""
-    alpha, sigma = scheduler.signal_and_noise(torch.arange(len(scheduler)))
+    alpha, sigma = scheduler.signal_and_noise(torch.from_numpy(scheduler.train_timesteps))
     if law is GAUSSIAN:
         return (sigma**2 / (alpha**2 * S + sigma**2)).tolist()
     x = torch.linspace(-10, 10, 8001, dtype=torch.float64)
@@ -73,7 +81,7 @@ def mean_squared_noise(law, scheduler):
 
 def predict(law, scheduler, x, t):
     """What the best network outputs, with zeros for the variance values of a learned variance."""
-    output = law.prediction(scheduler.config.prediction_type, x, *scheduler.signal_and_noise(int(t)))
+    output = law.prediction(scheduler.config.prediction_type, x, *scheduler.signal_and_noise(t))
     return torch.cat([output, torch.zeros_like(output)], dim=1) if is_learned(scheduler) else output
 
 
@@ -92,13 +100,13 @@ def pairs(scheduler):
 
 
 def point(scheduler, t):
-    return tuple(float(c) for c in scheduler.signal_and_noise(t))
+    return (1.0, 0.0) if t < 0 else tuple(float(c) for c in scheduler.signal_and_noise(t))
 
 
 def forward_variance(scheduler, t, s):
     """v of q(x_t | x_s) from the log signal-to-noise ratios (Kingma et al. 2021)."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = point(scheduler, t), point(scheduler, s)
-    if s < 0:
+    if s < 0 or alpha_t == 0:
         return sigma_t**2
     return -(sigma_t**2) * math.expm1(2 * math.log(alpha_t * sigma_s / (sigma_t * alpha_s)))
 
@@ -512,6 +520,12 @@ class Network(torch.nn.Module):
         return output if self.returns_tensor else UNet2DOutput(output)
 
 
+def standardised(n, seed):
+    """Numbers of mean 0 and variance 1, exactly."""
+    values = draw(n, 1, seed=seed)
+    return (values - values.mean()) / values.std(correction=0)
+
+
 def gaussian_data(n):
     return (M + math.sqrt(S) * draw(n, 4)).float()
 
@@ -530,9 +544,11 @@ def test_calibration_measures_the_mean_square_of_the_predicted_noise(prediction_
         alpha, sigma = point(scheduler, t)
         noise = torch.randn(data.shape, generator=generator)
         V = marginal_variance(scheduler, t)
-        on_this_noise = (sigma * (alpha * data + sigma * noise - alpha * M) / V).double().square().mean()
+        noise_hat = (sigma * (alpha * data + sigma * noise - alpha * M) / V).double()
+        on_this_noise = noise_hat.square().mean() / noise.double().square().mean()  # the denominator is 1 on average
         assert measured == pytest.approx(float(on_this_noise), rel=1e-4)
-        exact, standard_error = sigma**2 / V, sigma**2 / V * math.sqrt(2 / data.numel())
+        exact = sigma**2 / V
+        standard_error = exact * math.sqrt(4 * (1 - exact) / data.numel())  # eps-hat is correlated with eps by sqrt(m)
         assert abs(measured - exact) < 4 * standard_error
         assert abs(measured - 1) > 4 * standard_error  # which data at one point would have, V = sigma^2
 
@@ -543,8 +559,43 @@ def test_calibration_at_a_few_timesteps_interpolates_between_them():
     values = scheduler.calibrate_variance(model, gaussian_data(8), timesteps=[10, 0, 5, 5], generator=seeded(0))
     assert [int(t) for t in model.timesteps] == [0, 5, 10]
     assert len(values) == 11
-    assert values[2] == pytest.approx(values[0] + 2 / 5 * (values[5] - values[0]))
-    assert values[9] == pytest.approx(values[5] + 4 / 5 * (values[10] - values[5]))
+
+    def data_variance(t):
+        # of the Gaussian data whose statistic this is, which is 1 / (1 + S SNR)
+        alpha, sigma = point(scheduler, t)
+        return (1 / values[t] - 1) * (sigma / alpha) ** 2
+
+    assert data_variance(2) == pytest.approx(data_variance(0) + 2 / 5 * (data_variance(5) - data_variance(0)))
+    assert data_variance(9) == pytest.approx(data_variance(5) + 4 / 5 * (data_variance(10) - data_variance(5)))
+
+
+@pytest.mark.parametrize("path", [*PATHS, FLOW])
+def test_a_calibration_of_exact_gaussian_data_at_two_timesteps_is_right_at_all(path):
+    scheduler = build(num_train_timesteps=12, **path)
+    low, high = scheduler.train_timesteps[[1, 8]].tolist()
+    data = M + math.sqrt(S) * standardised(4000, seed=1)
+
+    def model(x, t):
+        return predict(GAUSSIAN, scheduler, x, t)
+
+    values = np.array(scheduler.calibrate_variance(model, data, [low, high], generator=seeded(3)))
+    exact = np.array(mean_squared_noise(GAUSSIAN, scheduler))
+    np.testing.assert_allclose(values, exact, rtol=0.1)
+    np.testing.assert_allclose(1 - values, 1 - exact, rtol=0.1, atol=1e-15)  # also where it is small
+
+
+def test_calibration_is_precise_where_hardly_any_signal_is_left():
+    # on a flow path 1 - E||eps-hat||^2 / d is S / T^2 one timestep before pure noise, and the noise is not exactly 1
+    scheduler = build(variance_type="optimal", mean_squared_noise=[0.5] * 1000, last_step_noise=True, **FLOW)
+    data = M + math.sqrt(S) * standardised(4000, seed=1)
+    scheduler.calibrate_variance(
+        lambda x, t: predict(GAUSSIAN, scheduler, x, t), data, [1000, 950, 500, 5], generator=seeded(3)
+    )
+    scheduler.set_timesteps(10)
+    (t, s), x = pairs(scheduler)[0], draw(4, 1)
+    assert t == 1000
+    _, std = law_of_step(scheduler, predict(GAUSSIAN, scheduler, x, t), t, x)
+    torch.testing.assert_close(std**2, torch.full_like(std, marginal_variance(scheduler, s)), rtol=0.01, atol=0)
 
 
 def test_calibration_passes_conditions_on_and_draws_each_sample_from_its_own_generator():
@@ -599,13 +650,119 @@ def test_optimal_without_a_statistic_says_how_to_get_one():
         scheduler.reverse_law(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([9]))
 
 
-def test_optimal_variance_is_refused_where_there_is_no_signal():
-    scheduler = build(rescale_betas_zero_snr=True, prediction_type="v_prediction", variance_type="optimal")
-    with pytest.raises(ValueError, match="timestep 999 has no signal .* variance_type='optimal' needs some"):
-        scheduler.step(torch.zeros(1, 2), 999, torch.zeros(1, 2))
+@pytest.mark.parametrize("path", [{"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, FLOW])
+@pytest.mark.parametrize("N", [1, 2, 5])
+def test_optimal_variance_is_exact_from_pure_noise_on(N, path):
+    # where there is no signal the statistic is 1 whatever the data; the nearest level with signal knows more
+    scheduler = build(variance_type="optimal", last_step_noise=True, timestep_spacing="trailing", **path)
+    scheduler.set_timesteps(N)
+    assert point(scheduler, scheduler.timesteps[0]) == (0, 1)
+    mean, variance = sampled_law(scheduler)
+    assert mean == pytest.approx(M, rel=1e-6)
+    assert variance == pytest.approx(S, rel=1e-6)
+
+
+def test_calibration_on_pure_noise_needs_a_prediction_that_tells_the_data():
     epsilon = DDPMAncestralScheduler(rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="timestep 999 has no signal .* prediction_type='epsilon'"):
         epsilon.calibrate_variance(lambda x, t: x, torch.zeros(2, 3), timesteps=[999])
+
+
+def test_a_chain_of_pure_noise_alone_has_an_optimal_variance_of_what_it_knows():
+    scheduler = build(variance_type="optimal", num_train_timesteps=1, mean_squared_noise=[1.0], **FLOW)
+    scheduler = DDPMAncestralScheduler.from_config(scheduler.config, last_step_noise=True)
+    _, std = law_of_step(scheduler, draw(2, 3), 1.0, draw(2, 3))
+    assert (std == 0).all()
+
+
+# ---- the variance of each coordinate, from the network --------------------------------------------------------------
+
+
+COORDINATES = Gaussian(torch.tensor([0.3, -0.5, 1.0]), variance=torch.tensor([0.04, 0.5, 2.0]))
+
+
+def with_certainty(law, scheduler, x, t):
+    """The best network's two heads: its prediction and alpha^2 / sigma^2 Var[x_0 | x_t] of each coordinate."""
+    alpha, sigma = point(scheduler, t)
+    values = (alpha / sigma) ** 2 * law.posterior_variance(x, alpha, sigma)
+    return torch.cat([predict_one(law, scheduler, x, t), values], dim=1)
+
+
+def predict_one(law, scheduler, x, t):
+    return law.prediction(scheduler.config.prediction_type, x, *point(scheduler, t))
+
+
+@pytest.mark.parametrize("path", [*PATHS, {"prediction_type": "v_prediction"}, FLOW])
+def test_posterior_variance_is_the_exact_reverse_variance_of_each_coordinate(path):
+    scheduler = build(variance_type="posterior", last_step_noise=True, timestep_spacing="karras", **path)
+    scheduler.set_timesteps(7)
+    x, data_variance = draw(4, 3), torch.tensor([0.04, 0.5, 2.0], dtype=torch.float64)
+    for t, s in pairs(scheduler):
+        output = with_certainty(COORDINATES, scheduler, x, t)
+        mean, std = law_of_step(scheduler, output, t, x)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = point(scheduler, t), point(scheduler, s)
+        V_t, V_s = alpha_t**2 * data_variance + sigma_t**2, alpha_s**2 * data_variance + sigma_s**2
+        slope, data_mean = alpha_t / alpha_s * V_s / V_t, torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64)
+        expected = alpha_s * data_mean + slope * (x - alpha_t * data_mean)
+        torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
+        exact = forward_variance(scheduler, t, s) * V_s / V_t
+        torch.testing.assert_close(std**2, exact.expand(4, 3), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", [*PATHS, FLOW])
+def test_posterior_variance_is_the_reverse_variance_of_each_state_of_a_mixture_but_for_the_limit(path):
+    scheduler = build(variance_type="posterior", last_step_noise=True, num_train_timesteps=40, **path)
+    timesteps = [float(t) for t in scheduler.train_timesteps[[35, 20, 4]]]
+    scheduler.set_timesteps(timesteps=timesteps)
+    x_s = torch.linspace(-12, 12, 48001, dtype=torch.float64)
+    x_t = torch.tensor([-2.0, -0.4, 0.0, 0.3, 1.1], dtype=torch.float64)[:, None]
+    for t, s in pairs(scheduler):
+        (alpha_t, _), (alpha_s, sigma_s) = point(scheduler, t), point(scheduler, s)
+        if s < 0:
+            exact = MIXTURE.posterior_variance(x_t, *point(scheduler, t))[:, 0]
+        else:
+            forward = -((x_t - alpha_t / alpha_s * x_s) ** 2) / (2 * forward_variance(scheduler, t, s))
+            weight = (forward + MIXTURE.log_prob(x_s, alpha_s, sigma_s)).softmax(-1)
+            exact = weight @ x_s**2 - (weight @ x_s) ** 2
+        output = with_certainty(MIXTURE, scheduler, x_t, t)
+        _, std = law_of_step(scheduler, output, t, x_t)
+        limited = output[:, 1] > 1  # between two modes the data is less certain than the state, and 1 is the limit
+        torch.testing.assert_close(std[~limited, 0] ** 2, exact[~limited], rtol=1e-6, atol=1e-9)
+        assert (std[limited, 0] ** 2 < exact[limited]).all()
+        assert not limited.all()
+
+
+def test_values_of_a_posterior_head_are_kept_between_no_and_all_uncertainty():
+    scheduler = build(variance_type="posterior")
+    scheduler.set_timesteps(5)
+    t, s = pairs(scheduler)[2]
+    x = draw(2, 2)
+    values = torch.tensor([[-0.5, 0.0], [1.0, 1.5]], dtype=torch.float64)
+    _, std = law_of_step(scheduler, torch.cat([x, values], dim=1), t, x)
+    small = posterior_variance(scheduler, t, s)
+    (alpha_t, sigma_t), (alpha_s, _) = point(scheduler, t), point(scheduler, s)
+    all_of_it = (alpha_s * forward_variance(scheduler, t, s) / (sigma_t * alpha_t)) ** 2
+    expected = torch.tensor([[small] * 2, [small + all_of_it] * 2], dtype=torch.float64)
+    torch.testing.assert_close(std**2, expected)
+
+
+@pytest.mark.parametrize("path", [{"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, FLOW])
+def test_a_posterior_head_says_nothing_about_pure_noise_and_the_error_dies_out(path):
+    scheduler = build(variance_type="posterior", last_step_noise=True, timestep_spacing="trailing", **path)
+    scheduler.set_timesteps(20)
+    (t, s), x = pairs(scheduler)[0], draw(4, 1)
+    _, std = law_of_step(scheduler, with_certainty(GAUSSIAN, scheduler, x, t), t, x)
+    torch.testing.assert_close(std**2, torch.full_like(x, posterior_variance(scheduler, t, s)))
+    law = scheduler.reverse_law(with_certainty(GAUSSIAN, scheduler, x, t), x, *(torch.full((4,), i) for i in (t, s)))
+    torch.testing.assert_close(law[1].exp(), torch.full_like(x, posterior_variance(scheduler, t, s)))
+    mean, variance = 0.0, 1.0
+    probes = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    for t in scheduler.timesteps:
+        (offset, end), std = law_of_step(scheduler, with_certainty(GAUSSIAN, scheduler, probes, t), t, probes)
+        slope = float(end - offset)
+        mean, variance = float(offset) + slope * mean, slope**2 * variance + float(std[0]) ** 2
+    assert mean == pytest.approx(M, rel=1e-6)
+    assert variance == pytest.approx(S, rel=1e-4)
 
 
 def test_a_network_that_explains_more_than_all_noise_leaves_no_negative_variance():
@@ -616,6 +773,123 @@ def test_a_network_that_explains_more_than_all_noise_leaves_no_negative_variance
     torch.testing.assert_close(std**2, torch.full_like(std, posterior_variance(scheduler, t, s)))
     _, log_variance, _ = scheduler.reverse_law(draw(2, 3), draw(2, 3), torch.tensor([t, t]), torch.tensor([s, s]))
     torch.testing.assert_close(log_variance.exp(), torch.full((2, 1), posterior_variance(scheduler, t, s)).double())
+
+
+# ---- flow-matching models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [{}, {"shift": 3.0}, {"timestep_spacing": "karras"}, {"shift_terminal": 0.05}])
+def test_on_a_flow_path_the_mean_is_the_exact_posterior_mean_of_a_mixture(config):
+    scheduler = build(**FLOW, **config)
+    scheduler.set_timesteps(9)
+    x_s = torch.linspace(-12, 12, 96001, dtype=torch.float64)
+    x_t = torch.tensor([-2.0, -0.4, 0.0, 0.3, 1.1], dtype=torch.float64)[:, None]
+    for t, s in pairs(scheduler):
+        (alpha_t, _), (alpha_s, sigma_s) = point(scheduler, t), point(scheduler, s)
+        mean, _ = law_of_step(scheduler, predict(MIXTURE, scheduler, x_t, t), t, x_t)
+        forward = -((x_t - alpha_t / alpha_s * x_s) ** 2) / (2 * forward_variance(scheduler, t, s))
+        weight = (forward + MIXTURE.log_prob(x_s, alpha_s, sigma_s)).softmax(-1)
+        torch.testing.assert_close(mean[:, 0], weight @ x_s, rtol=2e-6, atol=2e-6)  # times are float32
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal", "posterior", "learned_range"])
+def test_the_first_step_of_a_flow_draws_from_the_data_as_seen_in_pure_noise(variance_type):
+    scheduler = build(variance_type=variance_type, shift=3.0, **FLOW)
+    scheduler.set_timesteps(10)
+    (t, s), x = pairs(scheduler)[0], draw(5, 1)
+    (alpha_s, sigma_s), output = point(scheduler, s), predict(GAUSSIAN, scheduler, x, t)
+    assert point(scheduler, t) == (0, 1)
+    mean, std = law_of_step(scheduler, output, t, x)
+    torch.testing.assert_close(mean, torch.full_like(x, alpha_s * M))  # E[x_s] whatever x_t is
+    expected = {
+        "fixed_small": sigma_s**2,
+        "fixed_large": 1.0,
+        "optimal": alpha_s**2 * S + sigma_s**2,
+        "posterior": sigma_s**2,  # the head says nothing about pure noise
+        "learned_range": sigma_s,  # the geometric mean of the first two
+    }[variance_type]
+    torch.testing.assert_close(std**2, torch.full_like(x, expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_optimal_variance_samples_gaussian_data_exactly_on_a_flow_path(spacing, shift):
+    scheduler = build(variance_type="optimal", last_step_noise=True, timestep_spacing=spacing, shift=shift, **FLOW)
+    for N in (1, 2, 3, 10):  # with times between the train timesteps, where the statistic is interpolated
+        scheduler.set_timesteps(N)
+        mean, variance = sampled_law(scheduler)
+        assert mean == pytest.approx(M, rel=1e-6)
+        assert variance == pytest.approx(S, rel=1e-6)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_on_a_flow_path_the_variance_is_the_closed_recursion_and_its_error_of_first_order(variance_type):
+    scheduler, errors = build(variance_type=variance_type, timestep_spacing="trailing", **FLOW), []
+    for N in (100, 200, 400):
+        scheduler.set_timesteps(N)
+        expected = 1.0
+        for t, s in pairs(scheduler):
+            V_t, V_s = marginal_variance(scheduler, t), marginal_variance(scheduler, s)
+            slope = point(scheduler, t)[0] / point(scheduler, s)[0] * V_s / V_t
+            noise = {"fixed_small": posterior_variance, "fixed_large": forward_variance}[variance_type]
+            expected = slope**2 * expected + (noise(scheduler, t, s) if s >= 0 else 0.0)
+        mean, variance = sampled_law(scheduler)
+        assert mean == pytest.approx(M, rel=1e-6)
+        assert variance == pytest.approx(expected, rel=1e-6)
+        errors.append(abs(variance - S))
+    assert errors[-1] < 0.02
+    for order in np.log2(np.divide(errors[:-1], errors[1:])):
+        assert order == pytest.approx(1, abs=0.1)
+
+
+def test_a_flow_and_a_variance_preserving_path_of_equal_ratios_take_the_same_steps():
+    # x on the flow path is x / sqrt(alpha^2 + sigma^2) on the other, and the laws between levels go along
+    flow, ladder = build(**FLOW), build(beta_schedule="geometric", sigma_min=0.01, sigma_max=30.0)
+    ladder.set_timesteps(8)
+    ratios = [point(ladder, t)[1] / point(ladder, t)[0] for t, _ in pairs(ladder)]
+    flow.set_timesteps(timesteps=[1000 * r / (1 + r) for r in ratios])
+    for (t, s), (u, _) in zip(pairs(flow), pairs(ladder), strict=True):
+        here, there = (math.hypot(*point(flow, each)) for each in (t, s))
+        x = draw(4, 2)
+        one = flow.step(predict(MIXTURE, flow, here * x, t), t, here * x, generator=seeded(1))
+        other = ladder.step(predict(MIXTURE, ladder, x, u), u, x, generator=seeded(1))
+        torch.testing.assert_close(one.pred_original_sample, other.pred_original_sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.prev_sample / there, other.prev_sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_the_reverse_law_on_a_flow_path_is_that_of_the_step(variance_type):
+    scheduler = build(variance_type=variance_type, last_step_noise=True, shift=3.0, **FLOW)
+    scheduler.set_timesteps(6)
+    steps, x = pairs(scheduler), draw(3, 2, 5)
+    for t, s in steps if variance_type != "fixed_small" else steps[:-1]:
+        output = predict(GAUSSIAN, scheduler, x, t)
+        if is_learned(scheduler):
+            output[:, 2:] = draw(3, 2, 5, seed=4)
+        mean, std = law_of_step(scheduler, output, t, x)
+        levels = (torch.full((3,), max(i, 0), dtype=torch.float64) for i in (t, s))
+        law_mean, log_variance, x_0 = scheduler.reverse_law(output, x, *levels)
+        torch.testing.assert_close(law_mean, mean, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close((log_variance / 2).exp().expand(x.shape), std, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(x_0, GAUSSIAN.denoise(x, *point(scheduler, t)), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_a_step_of_a_flow_keeps_the_dtype_and_is_finite_from_pure_noise_to_the_data(variance_type, dtype):
+    scheduler = build(variance_type=variance_type, shift=3.0, last_step_noise=True, **FLOW)
+    scheduler.set_timesteps(6)
+    x = draw(2, 2, 3).to(dtype)
+    for t in scheduler.timesteps:
+        output = draw(2, 4 if is_learned(scheduler) else 2, 3, seed=1).to(dtype)
+        result = scheduler.step(output, t, x, generator=seeded(1))
+        upcast = torch.promote_types(dtype, torch.float32)
+        wide = scheduler.step(output.to(upcast), t, x.to(upcast), generator=seeded(1))
+        for name in ("prev_sample", "pred_original_sample"):
+            assert result[name].dtype is dtype
+            assert torch.equal(result[name], wide[name].to(dtype))
+        x = result.prev_sample
+        assert x.isfinite().all()
 
 
 # ---- the law of the model, for likelihoods --------------------------------------------------------------------------
@@ -880,7 +1154,10 @@ def test_a_run_on_a_gpu_never_waits_for_it(form):
 
 # ---- saved, loaded, and in the place of the schedulers of Diffusers -------------------------------------------------
 
-OURS_ALONE = {"sigma_min", "sigma_max", "last_step_noise", "mean_squared_noise"}
+OURS_ALONE = {
+    *("sigma_min", "sigma_max", "last_step_noise", "mean_squared_noise", "denoising_error"),
+    *("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"),
+}
 COMPATIBLE = [each for each in DDPMAncestralScheduler().compatibles if each is not NeedsTorchsde]
 SHARED = {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "scaled_linear"}
 
@@ -995,9 +1272,141 @@ def test_ours_comes_back_unchanged_from_each_scheduler_of_diffusers(theirs):
     assert {name: after.config[name] for name in settings(before)} == settings(before)
 
 
-def test_all_fifteen_schedulers_of_diffusers_are_compatible():
-    assert len(DDPMAncestralScheduler().compatibles) == 15
-    assert len(COMPATIBLE) in (14, 15)  # one is a placeholder without torchsde
+def test_all_seventeen_schedulers_of_diffusers_are_compatible():
+    assert len(DDPMAncestralScheduler().compatibles) == 17
+    assert len(COMPATIBLE) in (16, 17)  # one is a placeholder without torchsde
+    assert {FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler} < set(COMPATIBLE)
+
+
+def as_saved(scheduler):
+    """Its config as another process reads it."""
+    return json.loads(scheduler.to_json_string())
+
+
+def as_it_is(scheduler):
+    return scheduler.config
+
+
+STABLE_DIFFUSION_3 = FlowMatchEulerDiscreteScheduler(shift=3.0)
+FLUX = FlowMatchEulerDiscreteScheduler(
+    shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256
+)
+LTX = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, time_shift_type="linear")
+WAN = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+SHIFTS = ["shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"]
+
+
+@pytest.mark.parametrize("read", [as_it_is, as_saved])
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), [1.0, False, "exponential", None]),
+        (STABLE_DIFFUSION_3, [3.0, False, "exponential", None]),
+        (FLUX, [3.0, True, "exponential", None]),
+        (LTX, [1.0, True, "linear", 0.1]),
+        (FlowMatchHeunDiscreteScheduler(shift=2.0), [2.0, False, "exponential", None]),
+        (WAN, [5.0, False, "exponential", None]),
+        (DPMSolverMultistepScheduler(**FLOW, use_flow_sigmas=True, flow_shift=7.0), [7.0, False, "exponential", None]),
+    ],
+)
+def test_the_config_of_a_flow_matching_scheduler_gives_a_flow_path_and_back_again(theirs, expected, read, tmp_path):
+    with Messages() as messages:
+        ours = DDPMAncestralScheduler.from_config(read(theirs))
+        after = type(theirs).from_config(ours.config)
+    assert messages.texts == []
+    assert settings(after) == settings(theirs)
+    again = DDPMAncestralScheduler.from_config(ours.config)
+    ours.save_pretrained(tmp_path)
+    loaded = DDPMAncestralScheduler.from_pretrained(tmp_path)
+    for each in (ours, again, loaded):
+        assert each.config.prediction_type == "flow_prediction"
+        assert each.config.clip_sample is False
+        assert [each.config[name] for name in SHIFTS] == expected
+        each.set_timesteps(sigmas=np.linspace(1, 0.1, 10), mu=1.1)
+        assert torch.equal(each.timesteps, ours.timesteps)
+        x = 5 * draw(2, 3)
+        assert torch.equal(each.step(x, 1000.0, x).pred_original_sample, x - x)  # of a flow, and not clipped
+
+
+@pytest.mark.parametrize("read", [as_it_is, as_saved])
+@pytest.mark.parametrize(
+    ("theirs", "clips"),
+    [
+        (DDPMScheduler(), True),
+        (DDPMScheduler(clip_sample=False), False),
+        (DDIMScheduler(), True),
+        (DDIMScheduler(clip_sample=False), False),
+        (diffusers.HeunDiscreteScheduler(), False),  # whose own default it is
+        (diffusers.HeunDiscreteScheduler(clip_sample=True), True),
+        (diffusers.EulerDiscreteScheduler(), False),
+        (diffusers.PNDMScheduler(), False),
+        (DPMSolverMultistepScheduler(), False),
+        (WAN, False),
+        (STABLE_DIFFUSION_3, False),
+    ],
+)
+def test_ours_clips_if_and_only_if_the_scheduler_in_its_place_does(theirs, clips, read):
+    ours = DDPMAncestralScheduler.from_config(read(theirs))
+    assert ours.config.clip_sample is clips
+    assert DDPMAncestralScheduler.from_config(ours.config).config.clip_sample is clips
+    assert DDPMAncestralScheduler.from_config(as_saved(ours)).config.clip_sample is clips
+    assert DDPMAncestralScheduler.from_config(read(theirs), clip_sample=not clips).config.clip_sample is not clips
+
+
+@pytest.mark.parametrize("read", [as_it_is, as_saved])
+def test_a_multistep_solver_on_flow_levels_is_replaced_with_levels_that_are_even_to_the_data(read):
+    # it ignores its `timestep_spacing` then, which says "linspace"
+    first = DDPMAncestralScheduler.from_config(read(WAN))
+    for each in (first, DDPMAncestralScheduler.from_config(read(first))):
+        each.set_timesteps(5)
+        flow = DDPMAncestralScheduler(shift=5.0, timestep_spacing="trailing", **FLOW)
+        flow.set_timesteps(5)
+        assert torch.equal(each.timesteps, flow.timesteps)
+    said = DDPMAncestralScheduler.from_config(read(WAN), timestep_spacing="karras")
+    for each in (said, DDPMAncestralScheduler.from_config(read(said))):
+        assert each.config.timestep_spacing == "karras"
+
+
+def test_what_a_caller_says_is_kept_by_every_other_scheduler():
+    ours = DDPMAncestralScheduler.from_config(diffusers.EulerDiscreteScheduler().config, clip_sample=True)
+    assert DDIMScheduler.from_config(ours.config).config.clip_sample is True
+    back = DDPMAncestralScheduler.from_config(diffusers.EulerDiscreteScheduler.from_config(ours.config).config)
+    assert back.config.clip_sample is True
+    ours = DDPMAncestralScheduler.from_config(STABLE_DIFFUSION_3.config, shift=7.0, prediction_type="epsilon")
+    assert (ours.config.shift, ours.config.prediction_type) == (7.0, "epsilon")
+    assert FlowMatchEulerDiscreteScheduler.from_config(ours.config).config.shift == 7.0
+
+
+@pytest.mark.parametrize("config", [{}, {"clip_sample": False}, FLOW, {"prediction_type": "v_prediction"}])
+@pytest.mark.parametrize(
+    "theirs", [diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler]
+)
+def test_our_own_defaults_survive_a_scheduler_that_has_no_such_setting(theirs, config):
+    before = DDPMAncestralScheduler(**config)
+    after = DDPMAncestralScheduler.from_config(theirs.from_config(before.config).config)
+    assert (
+        settings(after).items() >= {name: before.config[name] for name in ("clip_sample", "prediction_type")}.items()
+    )
+
+
+def test_unused_settings_are_returned_as_in_diffusers():
+    config = dict(DDPMScheduler().config)
+    scheduler, unused = DDPMAncestralScheduler.from_config(config, return_unused_kwargs=True, other=3)
+    assert isinstance(scheduler, DDPMAncestralScheduler)
+    assert unused["other"] == 3
+    assert not {"clip_sample", "prediction_type", "shift"} & set(unused)
+
+
+def test_reading_a_config_leaves_it_as_it_is():
+    config = as_saved(STABLE_DIFFUSION_3)
+    before = dict(config)
+    DDPMAncestralScheduler.from_config(config)
+    assert config == before
+
+
+def test_a_network_that_counts_its_time_from_the_noise_is_refused():
+    with pytest.raises(ValueError, match="invert_sigmas=True"):
+        DDPMAncestralScheduler.from_config(FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config)
 
 
 def test_the_config_of_a_multistep_solver_means_no_learned_variance():

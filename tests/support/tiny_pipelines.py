@@ -27,10 +27,12 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    FluxTransformer2DModel,
     LDMTextToImagePipeline,
     MotionAdapter,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    SchedulerMixin,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -74,7 +76,9 @@ class PipelineCase:
     ) -> torch.Tensor:
         """Draws a batch; `more` goes to the pipeline."""
         pipeline.set_progress_bar_config(disable=True)
-        torch.manual_seed(seed)  # DiT and LDM pipelines pass no generator to `step`
+        torch.manual_seed(
+            seed + 1000
+        )  # DiT and LDM pipelines pass no generator to `step`; other noise than the latents
         generator = torch.Generator().manual_seed(seed)
         if self.strength < 1:
             more = {"strength": self.strength, **more}
@@ -87,7 +91,7 @@ class PipelineCase:
 class NetworkCall(NamedTuple):
     """A call of the network: its timestep, and where the scheduler believed to be (None before the first step)."""
 
-    timestep: int
+    timestep: float
     position: int | None
 
 
@@ -95,27 +99,41 @@ class NetworkCall(NamedTuple):
 def exact_network(pipeline: DiffusionPipeline, law: Law) -> Iterator[list[NetworkCall]]:
     """Makes the pipeline's network predict exactly, at the timestep it is called with, and lists its calls."""
     network = pipeline.components.get("unet") or pipeline.components["transformer"]
-    inputs, outputs = network.config.in_channels, network.config.out_channels
+    inputs, outputs = network.config.in_channels, network.config.out_channels or network.config.in_channels
     channels = min(inputs, outputs)
+    channel_axis = -1 if isinstance(network, FluxTransformer2DModel) else 1  # Flux packs pixels into tokens
+    time_unit = 1000 if isinstance(network, FluxTransformer2DModel) else 1  # and tells its network t / 1000
     calls: list[NetworkCall] = []
 
-    def forward(sample, timestep, *_, return_dict=True, **__):
-        assert sample.shape[1] == inputs
+    def forward(sample=None, timestep=None, *_, hidden_states=None, return_dict=True, **__):
+        sample = hidden_states if sample is None else sample
+        assert sample.shape[channel_axis] == inputs
         assert torch.as_tensor(timestep).unique().numel() == 1
         scheduler = pipeline.scheduler
         position = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
-        calls.append(NetworkCall(int(torch.as_tensor(timestep).flatten()[0]), position))
-        state = sample[:, :channels]  # the others are a mask and a masked image
-        output = law.prediction(scheduler.config.prediction_type, state, *path_point(scheduler, timestep))
+        timestep = torch.as_tensor(timestep).flatten()[0] * time_unit
+        calls.append(NetworkCall(timestep.item(), position))
+        state = sample.narrow(channel_axis, 0, channels)  # the others are a mask and a masked image
+        output = law.prediction(_prediction_type(scheduler), state, *path_point(scheduler, timestep))
         if outputs == 2 * channels:  # the others are a learned variance
             output = torch.cat([output, torch.zeros_like(output)], dim=1)
         return DecoderOutput(sample=output) if return_dict else (output,)
 
-    network.forward = forward
+    replaced = {network: forward}
+    if "controlnet" in pipeline.components:
+        replaced[pipeline.controlnet] = lambda *_, **__: ([], None)  # nothing it could add to an exact prediction
+    for each, stand_in in replaced.items():
+        each.forward = stand_in
     try:
         yield calls
     finally:
-        del network.forward
+        for each in replaced:
+            del each.forward
+
+
+def _prediction_type(scheduler: SchedulerMixin) -> str:
+    """That of a flow-matching scheduler of Diffusers goes without saying."""
+    return scheduler.config.get("prediction_type", "flow_prediction")
 
 
 # ---- tiny random components -----------------------------------------------------------------------------------------
