@@ -23,14 +23,16 @@ class CorrectorGuidanceCallback(PipelineCallback):
 
     For any pipeline that takes `callback_on_step_end` and reads its `_guidance_scale` at each call, with a
     `PredictorCorrectorScheduler`. The first call comes before the callback: the pipeline is to be given
-    `guidance_scale=callback.guidance_scale`.
+    `guidance_scale=callback.guidance_scale`, or the corrector's scale if it begins with a correction, as it does with
+    layout="full" and without a predictor.
 
     Args:
         predictor: w of the calls that predict the next level, >= 1 in a pipeline of Diffusers.
         corrector: w of the calls that correct, likewise.
 
     Raises:
-        ValueError: When called for another scheduler, or with a scale below 1 in a pipeline that cannot.
+        ValueError: When called for another scheduler, with a scale below 1 in a pipeline that cannot, or after a first
+            call that was guided by neither of the two.
 
     Example:
         >>> from annealers.pipelines import CorrectorGuidanceCallback
@@ -58,10 +60,20 @@ class CorrectorGuidanceCallback(PipelineCallback):
             raise ValueError(
                 f"guidance of the corrector needs a PredictorCorrectorScheduler, got {type(scheduler).__name__}"
             )
-        scale = self.corrector if scheduler.is_correction_due else self.predictor
+        lowest = -math.inf
         if hasattr(pipeline, "do_classifier_free_guidance"):
-            if scale < 1:
-                raise ValueError(f"{type(pipeline).__name__} has no guidance below 1, got a scale of {scale}")
-            scale = max(scale, JUST_ABOVE_ONE)
+            lowest = JUST_ABOVE_ONE
+            if min(self.predictor, self.corrector) < 1:
+                raise ValueError(
+                    f"{type(pipeline).__name__} has no guidance below 1, got scales of {self.predictor} for the "
+                    f"predictor and {self.corrector} for the corrector"
+                )
+        scales = max(self.predictor, lowest), max(self.corrector, lowest)
+        if step_index == 0 and pipeline._guidance_scale not in (*scales, self.guidance_scale):
+            raise ValueError(
+                f"the first network call was guided by {pipeline._guidance_scale}, not by one of {scales}: give the "
+                "pipeline guidance_scale=callback.guidance_scale"
+            )
+        scale = scales[1] if scheduler.is_correction_due else scales[0]
         pipeline._guidance_scale = scale
         return callback_kwargs

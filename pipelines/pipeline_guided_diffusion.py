@@ -37,7 +37,7 @@ from annealers.pipelines.annealers_pipeline import AnnealersPipeline
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_CHANNELS = (1, 3)
-LEARNED_VARIANCES = ("learned", "learned_range")
+LEARNED_VARIANCES = ("learned", "learned_range", "posterior")
 
 Generators = torch.Generator | list[torch.Generator]
 ClassLabels = int | str | Sequence[int | str] | torch.Tensor | np.ndarray

@@ -496,13 +496,14 @@ class PredictorCorrectorScheduler(ReverseVariance):
         step_size = self._step_size(eps, z, position)
         if isinstance(step_size, float) and step_size == 0:
             return x
-        if self.config.variance_type in SELF_ESTIMATED and level.alpha > 0:
-            moved = 2 * step_size / level.alpha**2
-            self._innovation = Innovation(level, level, x_0, x / level.alpha, 0.0, z, moved**0.5, moved)
-        noise = z
+        noise, variance = z, 2 * step_size
         if self.config.corrector == "leimkuhler_matthews":
             noise = (self._noise_in(x, (0.5 * step_size) ** 0.5, generator) + z) / 2
+            variance = step_size
             self._contained = ContainedNoise(z, (0.5 * step_size) ** 0.5)
+        if self.config.variance_type in SELF_ESTIMATED and level.alpha > 0:
+            deviation, moved = (2 * step_size) ** 0.5 / level.alpha, variance / level.alpha**2
+            self._innovation = Innovation(level, level, x_0, x / level.alpha, 0.0, noise, deviation, moved)
         return langevin_step(x, eps, level.sigma, step_size, noise)
 
     def _step_size(self, eps: torch.Tensor, z: torch.Tensor, position: int) -> float | torch.Tensor:

@@ -38,10 +38,10 @@ so R = l_3 gives c, and isotropic noise fills the trace of k^2 s^2 L up with wha
 
 All moments agree if L = R I, where the step is exact, and l_2 = l_3 = 1 if every direction is known or unknown.
 
-l_u is the mean slope in the directions that u happens to have. That of all of them is D.z / (w |z|^2), by the isotropic
-noise w z in u (Stein's identity), but its error is that of the rest of u over w. Two things keep it small. Only what l_u
+l_u is the mean slope in the directions that u happens to have. That of all is D.z / (w |z|^2), by the isotropic noise
+w z in u (Stein's identity), but its error is that of the rest of u over w. Two things keep that small. Only what l_u
 does not explain, D - l_u u, is measured along z; so there is no error if L = R I. And |u|^2 in the denominator takes
-the correction back where w |z| is less than |u| / sqrt(d), which is where it could not be told from chance.
+the correction back where w |z| is below |u| / sqrt(d), where it could not be told from chance.
 
 **The last step** goes to m, or to a draw from N(m, l_1 s^2 I) if its noise is kept.
 
@@ -94,7 +94,7 @@ class Slopes(NamedTuple):
 def measured_slopes(change: torch.Tensor, innovation: torch.Tensor, past: Innovation) -> Slopes:
     """l_1, l_2 and l_3 from D = L u."""
     Du, DD, uu = (inner(a, b) for a, b in ((change, innovation), (change, change), (innovation, innovation)))
-    tiny = torch.finfo(torch.float64).tiny
+    tiny = torch.finfo(Du.dtype).tiny
     average = Du / uu.clamp(min=tiny)
     if past.noise is not None:
         d, z, w = change[0].numel(), past.noise, past.deviation
@@ -151,4 +151,5 @@ def missing_variance(
 def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner product of each sample, (B, 1, ..), as float64 so that the few numbers made from it lose nothing more."""
     products = torch.linalg.vecdot(a.reshape(len(a), -1), b.reshape(len(b), -1))
-    return products.double().reshape((-1,) + (1,) * (a.ndim - 1))
+    wide = torch.float32 if products.device.type == "mps" else torch.float64  # which that device has not
+    return products.to(wide).reshape((-1,) + (1,) * (a.ndim - 1))

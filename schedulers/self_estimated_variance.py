@@ -56,5 +56,5 @@ def spread_of_original(
     scale = past.moved**-0.5
     d = change[0].numel()
     square = scale**2 * inner(change, change) / d
-    kept = (slope / square.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)  # never more than the trace
+    kept = (slope / square.clamp(min=torch.finfo(square.dtype).tiny)).clamp(max=1)  # never more than the trace
     return (kept.sqrt() * scale).to(change.dtype) * change, (slope - kept * square).clamp(min=0)

@@ -543,7 +543,7 @@ def test_every_form_of_a_time_finds_the_same_position_on_a_flow_path(form, begin
 class TwoCalls(DDPMAncestralScheduler):
     """Calls its network twice on each level: the first call of a level stays on it."""
 
-    order = 2
+    _entries_per_level = 2
 
     def _visits(self, levels):
         visits = super()._visits(levels)

@@ -874,6 +874,20 @@ def test_the_reverse_law_on_a_flow_path_is_that_of_the_step(variance_type):
         torch.testing.assert_close(x_0, GAUSSIAN.denoise(x, *point(scheduler, t)), rtol=1e-8, atol=1e-8)
 
 
+def test_between_two_train_timesteps_the_reverse_law_and_the_step_read_the_same_statistic():
+    statistic = [0.9, 0.2, 0.7, 0.4, 1.0]
+    scheduler = build(
+        variance_type="optimal", num_train_timesteps=5, mean_squared_noise=statistic, last_step_noise=True, **FLOW
+    )
+    scheduler.set_timesteps(timesteps=[4.5, 3.25, 1.75, 0.5])
+    x = draw(2, 3)
+    for t, s in pairs(scheduler):
+        _, std = law_of_step(scheduler, x, t, x)
+        levels = (torch.full((2,), max(i, 0), dtype=torch.float64) for i in (t, s))
+        _, log_variance, _ = scheduler.reverse_law(x, x, *levels)
+        torch.testing.assert_close((log_variance / 2).exp().expand(x.shape), std)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 def test_a_step_of_a_flow_keeps_the_dtype_and_is_finite_from_pure_noise_to_the_data(variance_type, dtype):

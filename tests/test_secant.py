@@ -5,10 +5,10 @@ x̂_0 is a matrix times the innovation,
 
     x̂_0 = m + L (y - m)    with    L = C (C + s^2 I)^-1        E[y | y_p] = x̂_0(y_p) + (s / s_p)^2 (y_p - x̂_0(y_p))
 
-and for C = S I a step is affine in the last two states and its noise, y' = p y_p + q y + w z. The three numbers are read
-off the scheduler; then the variance of a run is a recursion of 2 x 2 covariances, without sampling error. Along the
-probability flow the state of such data is just scaled, y = kappa y_p with kappa^2 = (S + s^2) / (S + s_p^2), so a second
-call with that state leaves one coefficient that keeps the variance exact:
+and for C = S I a step is linear in the last two states and its noise, y' = p y_p + q y + w z. The three numbers are
+read off the scheduler; then the variance of a run is a recursion of 2 x 2 covariances, without sampling error. Along
+the probability flow the state of such data is just scaled, y = kappa y_p with kappa^2 = (S + s^2) / (S + s_p^2), so a
+second call with that state leaves one coefficient that keeps the variance exact:
 
     c R (1 - kappa) = kappa' - (R + (1 - R) s' / s)         R = S / (S + s^2)
 """
