@@ -10,7 +10,7 @@ In its place stands
     learned_range   exp((f+1)/2 log v + (1-f)/2 log beta-tilde)   Nichol & Dhariwal 2021, Eq. 15
     optimal         beta-tilde + c^2 (sigma_t / alpha_t)^2 (1 - E||eps-hat||^2 / d)
                                                                   Bao et al. 2022, Theorem 1: the best isotropic one
-    posterior       beta-tilde + c^2 (sigma_t / alpha_t)^2 f      f = alpha_t^2 / sigma_t^2 Var[x_0 | x_t], in 0 .. 1,
+    posterior       beta-tilde + c^2 (sigma_t / alpha_t)^2 f      f = alpha_t^2 / sigma_t^2 Var[x_0 | x_t], at least 0,
                                                                   of each coordinate of this state, as a network that
                                                                   is wrapped by `PosteriorVarianceModel` returns it
 
@@ -73,7 +73,7 @@ class ReverseVariance(GaussianPathScheduler):
             return (law.posterior_variance + law.original_weight**2 * unknown) ** 0.5
         if kind == "posterior":
             ratio = t.sigma / t.alpha if t.alpha > 0 else 0.0  # the values say nothing where there is no signal
-            return (law.posterior_variance + (law.original_weight * ratio) ** 2 * variance_values.clamp(0, 1)).sqrt()
+            return (law.posterior_variance + (law.original_weight * ratio) ** 2 * variance_values.clamp(min=0)).sqrt()
         if s.sigma > 0:
             floor = law.posterior_variance
         else:
@@ -176,7 +176,7 @@ class ReverseVariance(GaussianPathScheduler):
         alpha, sigma = self._aligned(sample, timesteps)
         if variance_values is not None:
             ratio = torch.where(alpha > 0, sigma / alpha, 0.0)
-            return (law.original_weight * ratio) ** 2 * variance_values.clamp(0, 1)
+            return (law.original_weight * ratio) ** 2 * variance_values.clamp(min=0)
         data_variance = torch.tensor(self._data_variance(), dtype=sample.dtype, device=sample.device)
         rows = torch.as_tensor(timesteps, device=sample.device).to(sample.dtype) - int(self._is_flow)
         rows = rows.clamp(0, len(self) - 1).reshape(-1)

@@ -7,9 +7,10 @@ ancestral noise is
                                                      b = sqrt(s'^2 - eta^2 beta~) / s
 
 It treats x_0 as known: what is missing is the variance k^2 Cov[x_0 | y], k = 1 - b. By Tweedie's second-order formula
-Cov[x_0 | y] = s^2 L with L = d m / d y, whose eigenvalues lie in 0 .. 1. One Jacobian-vector product of the network
-with a known vector is at hand for nothing: the step p -> t before went to a state y that is u = y - E[y | y_p] away
-from where it was expected, and x̂_0 is a martingale of the reverse chain, so its change
+Cov[x_0 | y] = s^2 L with L = d m / d y; its eigenvalues lie in 0 .. 1 but between modes, where they are held to 1.
+One Jacobian-vector product of the network with a known vector is at hand for nothing: the step p -> t before went to a
+state y that is u = y - E[y | y_p] away from where it was expected, and x̂_0 is a martingale of the reverse chain, so
+its change
 
     D = m - m_p = L u        exactly for Gaussian data, and with a secant slope of m for any other.
 

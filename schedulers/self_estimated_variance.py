@@ -1,8 +1,8 @@
 r"""The variance of an ancestral step, measured by two network calls that are made anyway.
 
 In the coordinates y = x / alpha with noise level s, the exact covariance of the step to level s' is beta~ I +
-k^2 s^2 L, k = 1 - s'^2 / s^2, where L = d x̂_0 / d y has its eigenvalues in 0 .. 1 (Tweedie's formula of second order).
-Between two calls the state moves by u, of which w z is isotropic noise, and x̂_0 by D = L u:
+k^2 s^2 L, k = 1 - s'^2 / s^2, where L = d x̂_0 / d y has its eigenvalues in 0 .. 1 but between modes (Tweedie's
+formula of second order). Between two calls the state moves by u, of which w z is isotropic noise, and x̂_0 by D = L u:
 
     within a level     u is a corrector's step, w^2 = 2 delta / alpha^2
     between levels     u is what an ancestral step went beside its mean, w z its own noise

@@ -146,7 +146,7 @@ def distinct(scheduler):
 @pytest.mark.parametrize("corrector_steps", [0, 1, 3])
 @pytest.mark.parametrize("N", [1, 2, 5])
 def test_each_level_after_the_first_is_called_at_once_more_than_it_is_corrected(N, corrector_steps, path):
-    scheduler = ready(N, corrector_steps=corrector_steps, **path)
+    scheduler = ready(N, corrector_steps=corrector_steps, **SHORT, **path)
     levels, timesteps, order = distinct(scheduler), scheduler.timesteps.tolist(), scheduler.order
     assert order == corrector_steps + 1 and len(levels) == N
     assert timesteps == levels[:1] + [t for t in levels[1:] for _ in range(order)]
@@ -157,7 +157,7 @@ def test_each_level_after_the_first_is_called_at_once_more_than_it_is_corrected(
 @ON_ALL_PATHS
 @pytest.mark.parametrize("corrector_steps", [1, 3])
 def test_the_full_layout_corrects_the_first_level_too(corrector_steps, path):
-    scheduler = ready(4, corrector_steps=corrector_steps, layout="full", **path)
+    scheduler = ready(4, corrector_steps=corrector_steps, layout="full", **SHORT, **path)
     order = corrector_steps + 1
     assert scheduler.timesteps.tolist() == [t for t in distinct(scheduler) for _ in range(order)]
     assert scheduler.order == order and len(scheduler.timesteps) == 4 * order
@@ -167,7 +167,7 @@ def test_the_full_layout_corrects_the_first_level_too(corrector_steps, path):
 @pytest.mark.parametrize("layout", ["heun", "full"])
 @pytest.mark.parametrize("corrector_steps", [1, 3])
 def test_without_predictor_there_are_only_corrections_and_one_closing_call(corrector_steps, layout, path):
-    scheduler = ready(4, predictor="none", corrector_steps=corrector_steps, layout=layout, **path)
+    scheduler = ready(4, predictor="none", corrector_steps=corrector_steps, layout=layout, **SHORT, **path)
     levels = distinct(scheduler)
     assert scheduler.timesteps.tolist() == [t for t in levels for _ in range(corrector_steps)] + levels[-1:]
     assert scheduler.order == corrector_steps and len(scheduler.timesteps) == 4 * corrector_steps + 1
@@ -213,7 +213,7 @@ def test_whether_a_correction_is_due_is_known_before_each_call():
     ],
 )
 def test_every_correction_is_announced(settings, due):
-    scheduler = ready(3, **{"corrector_steps": 2, **settings})
+    scheduler = ready(3, **{"corrector_steps": 2, **SHORT, **settings})
     x, network, announced = draw(2, 3), bounded, ""
     for t in scheduler.timesteps:
         announced += "C" if scheduler.is_correction_due else "P"
@@ -299,7 +299,7 @@ def test_prediction_steps_without_room_between_the_levels_are_refused():
         ("heun", [20, 18, 14], [20, 19, 18, 16, 14], [20, 19]),
         ("heun", [5, 3, 1], [5, 4, 3, 2, 1], [5, 4, 2]),
         ("full", [3, 1], [3, 2, 1, 0], [2, 1]),
-        ("full", [9, 7, 0], [9, 8, 7, 4, 1, 0], [9, 1, 0]),  # below 0 there is none: what has no room moves up
+        ("full", [9, 7, 0], [9, 8, 7, 4, 1, 0], [1, 0]),  # below 0 there is none: what has no room moves up
     ],
 )
 def test_prediction_steps_may_take_every_train_timestep_between_the_levels_and_no_other(
@@ -996,7 +996,7 @@ def test_a_network_of_noise_cannot_start_where_there_is_no_signal():
 @WITH_ALL_PREDICTORS
 @ON_ALL_PATHS
 def test_the_last_step_is_noise_free_and_a_point_of_data_is_hit(predictor, path):
-    scheduler = ready(5, **predictor, **path)
+    scheduler = ready(5, **SHORT, **predictor, **path)
     law = Gaussian(M, variance=0.0)
     states = run(scheduler, draw(3, 2), seeded(0), exact_network(law, scheduler))
     t, x = scheduler.timesteps[-1], states[-2]
@@ -1069,9 +1069,9 @@ def test_what_is_measured_is_of_one_sample_alone(settings):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_measured_step_keeps_the_dtype_and_computes_in_float32_at_least(settings, dtype):
     working = torch.promote_types(dtype, torch.float32)
+    low, high = (ready(3, **SHORT, **settings) for _ in range(2))
     for shape in SHAPES:
         x, output = draw(*shape).to(dtype), draw(*shape, seed=1).to(dtype)
-        low, high = (ready(3, **SHORT, **settings) for _ in range(2))
         for t in low.timesteps:
             result = low.step(output, t, x, generator=seeded(1)).prev_sample
             upcast = high.step(output.to(working), t.clone(), x.to(working), generator=seeded(1)).prev_sample
@@ -1093,8 +1093,9 @@ def test_a_measured_step_reads_no_value_of_a_device(settings):
 @pytest.mark.parametrize("network", [bounded, lambda x, t: torch.zeros_like(x), lambda x, t: -3 * x, lambda x, t: x])
 def test_a_measurement_of_any_network_leaves_finite_states(settings, network):
     for path in ({}, FLOW, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}):
+        scheduler = ready(5, **SHORT, **settings, **path)
         for shape in ((2,), (2, 12)):
-            states = run(ready(5, **SHORT, **settings, **path), draw(*shape), seeded(0), network)
+            states = run(scheduler, draw(*shape), seeded(0), network)
             assert torch.stack(states).isfinite().all()
 
 
@@ -1127,7 +1128,10 @@ WITH_MEMORY = pytest.mark.parametrize("settings", REMEMBERING, ids=["multistep",
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
 @pytest.mark.parametrize("again", [True, False])
 def test_a_run_after_an_interrupted_one_is_like_the_first(settings, stop, again):
-    scheduler, fresh = ready(5, corrector_steps=2, **settings), ready(5, corrector_steps=2, **settings)
+    scheduler, fresh = (
+        ready(5, corrector_steps=2, **SHORT, **settings),
+        ready(5, corrector_steps=2, **SHORT, **settings),
+    )
     run(scheduler, 3 + draw(2, 3, seed=8), seeded(9), timesteps=scheduler.timesteps[:stop])
     if again:
         scheduler.set_timesteps(5)
@@ -1138,7 +1142,10 @@ def test_a_run_after_an_interrupted_one_is_like_the_first(settings, stop, again)
 
 @WITH_MEMORY
 def test_a_run_that_starts_in_the_middle_remembers_nothing(settings):
-    scheduler, fresh = ready(5, corrector_steps=2, **settings), ready(5, corrector_steps=2, **settings)
+    scheduler, fresh = (
+        ready(5, corrector_steps=2, **SHORT, **settings),
+        ready(5, corrector_steps=2, **SHORT, **settings),
+    )
     run(scheduler, draw(2, 3, seed=8), seeded(9))
     scheduler.set_timesteps(5)
     x, start = draw(2, 3), 2 * scheduler.order
@@ -1162,7 +1169,7 @@ def test_the_first_step_of_the_second_order_flow_is_of_first_order_wherever_it_s
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_a_copy_goes_on_where_the_original_stands(settings, duplicate, stop):
-    scheduler = ready(4, corrector_steps=2, **settings)
+    scheduler = ready(4, corrector_steps=2, **SHORT, **settings)
     x = run(scheduler, draw(2, 3), seeded(5), timesteps=scheduler.timesteps[:stop])[-1]
     copied = duplicate(scheduler)
     ends = [run(each, x, seeded(6), timesteps=each.timesteps[stop:])[-1] for each in (scheduler, copied)]
@@ -1171,7 +1178,7 @@ def test_a_copy_goes_on_where_the_original_stands(settings, duplicate, stop):
 
 @pytest.mark.parametrize("corrector_steps", [1, 2])
 def test_a_timestep_as_a_plain_number_is_the_entry_that_is_due(corrector_steps):
-    by_view, by_number = (ready(4, corrector_steps=corrector_steps) for _ in range(2))
+    by_view, by_number = (ready(4, corrector_steps=corrector_steps, **SHORT) for _ in range(2))
     x = draw(2, 3)
     expected = run(by_view, x, seeded(5))
     states = run(by_number, x, seeded(5), timesteps=by_number.timesteps.tolist())
@@ -1281,7 +1288,7 @@ def test_the_channels_of_a_learned_variance_have_no_part_in_a_correction():
 
 def test_a_run_leaves_its_inputs_alone_and_is_differentiable():
     for corrector, rule in zip(CORRECTORS * 2, RULES, strict=True):
-        scheduler = ready(3, corrector=corrector, step_size_rule=rule)
+        scheduler = ready(3, corrector=corrector, step_size_rule=rule, **SHORT)
         start = draw(2, 3).requires_grad_()
         before = start.detach().clone()
         run(scheduler, start, seeded(1), lambda x, t: torch.sin(x))[-1].sum().backward()
@@ -1347,7 +1354,7 @@ def test_a_config_that_does_not_fit_is_refused(config, message):
 
 @pytest.mark.parametrize("predictor", ["ddpm", "probability_flow", "none"])
 def test_an_output_that_would_only_be_broadcast_is_refused(predictor):
-    scheduler = ready(2, predictor=predictor, layout="full")
+    scheduler = ready(2, predictor=predictor, layout="full", **SHORT)
     x = torch.zeros(2, 3)
     for t in scheduler.timesteps:
         for shape in ((2, 4), (2, 6), (1, 3), (3,), (2, 1), (), (2, 3, 1), (1, 2, 3)):

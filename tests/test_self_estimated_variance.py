@@ -382,13 +382,12 @@ def test_a_start_in_the_middle_starts_with_the_small_variance(kind):
     measured, plain, x = ready(6, kind), ready(6, "fixed_small"), draw(3, 5)
     run(measured, x, seeded(1))  # to have something to forget
     begin = 2 * measured.order
-    t, t_next = measured.timesteps[begin - 1], measured.timesteps[begin]
-    assert t != t_next
+    t = measured.timesteps[begin]
+    assert t == measured.timesteps[begin - 1] != measured.timesteps[begin + 1]  # the last call on its level
     network, ends = exact_network(MIXTURE, measured), []
     for scheduler in (measured, plain):
         scheduler.set_begin_index(begin)
-        # the entry where a pipeline starts: the last call on this level, which leaves it
-        ends.append(scheduler.step(network(x, t_next), t_next, x, generator=seeded(0)).prev_sample)
+        ends.append(scheduler.step(network(x, t), t, x, generator=seeded(0)).prev_sample)
     assert torch.equal(*ends)
 
 
