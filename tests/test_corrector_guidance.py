@@ -202,7 +202,9 @@ def test_a_scale_of_one_is_the_conditional_prediction_though_the_batch_is_double
     assert {size for size, _ in made} == {2}
     callback = CorrectorGuidanceCallback(1.0, 1.0)
     assert callback.guidance_scale > 1 and callback.guidance_scale == pytest.approx(1, rel=1e-15)
+    made.clear()
     both = sampled(pipeline, x, guidance_scale=callback.guidance_scale, callback_on_step_end=callback)
+    assert {size for size, _ in made} == {4}
     torch.testing.assert_close(both, conditional, rtol=0, atol=1e-4)
 
 

@@ -34,6 +34,7 @@ from tiny_pipelines import (
     STD,
     TEXT,
     TO_THE_RIGHT,
+    Recorded,
     data,
     exact_network,
     from_image,
@@ -193,6 +194,23 @@ def test_the_law_is_right_from_data_noised_to_any_strength(setting, name, streng
     with exact_network(pipeline, LAW):
         samples = BY_NAME[name].sample(pipeline, steps, 8, strength=strength)
     assert_law(samples, *law_by_itself(pipeline.scheduler, steps, strength))
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("name", FROM_DATA)
+@ALL_LAYOUTS
+@FEW_LEVELS
+def test_data_is_noised_to_the_level_that_sampling_starts_from(layout, name, strength):
+    pipeline = with_setting(BY_NAME[name], layout)
+    recorded = Recorded(LAW, [])
+    with exact_network(pipeline, recorded):
+        BY_NAME[name].sample(pipeline, 10, 8, strength=strength)
+    state, alpha, sigma = recorded.seen[0]
+    state = state[:8]  # the rest is a copy, for guidance
+    if "Inpaint" in name and strength == 1:
+        assert_law(state, 0.0, 1.0)  # inpainting starts from noise then
+    else:
+        assert_law(state, alpha * MEAN, math.hypot(alpha * STD, sigma))
 
 
 @pytest.mark.parametrize(

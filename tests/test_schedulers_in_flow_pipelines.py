@@ -15,7 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline, WanPipeline
 from scheduler_settings import Setting, assert_law, sampled_law
 from tiny_flow_pipelines import FLOW_PIPELINES, LAW, MEAN, NO_TEXT_ENCODERS, STD
-from tiny_pipelines import exact_network
+from tiny_pipelines import Recorded, exact_network
 
 from annealers import (
     AnnealedLangevinScheduler,
@@ -125,6 +125,20 @@ def test_the_law_is_right_from_data_noised_to_any_strength(setting, name, streng
     assert calls[0].position == start
     # at strength 1, too, the pipeline noises the data, to the first level, which is pure noise
     assert_law(samples, *law_by_itself(case, pipeline.scheduler, 10, strength))
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("name", FROM_DATA)
+@ALL_SETTINGS
+@FEW_LEVELS
+def test_data_is_noised_to_the_level_that_sampling_starts_from(setting, name, strength):
+    pipeline = with_setting(BY_NAME[name], setting)
+    recorded = Recorded(LAW, [])
+    with exact_network(pipeline, recorded):
+        BY_NAME[name].sample(pipeline, 10, 8, strength=strength)
+    state, alpha, sigma = recorded.seen[0]
+    state = state[:8]  # the rest is a copy, for guidance
+    assert_law(state, alpha * MEAN, (alpha**2 * STD**2 + sigma**2) ** 0.5)
 
 
 @pytest.mark.parametrize("variance_type", ["self_estimated", "self_estimated_isotropic"])

@@ -183,6 +183,17 @@ def test_the_noise_shows_directions_that_the_rest_of_the_innovation_does_not_hav
     assert abs(average - right) < 0.3 * abs(blind - right)
 
 
+def test_the_slope_along_the_change_is_never_below_that_along_the_innovation():
+    eigenvalues = torch.tensor([0.1] * 6 + [0.9] * 6, dtype=torch.float64)
+    z = sign_vectors(12)
+    u = 5 * torch.tensor([1.0] * 6 + [0.0] * 6, dtype=torch.float64) + 0.5 * z  # goes where the slope is small
+    slopes = measured_slopes(eigenvalues * u, u, past_with(z, 0.5))
+    is_above = slopes.average > slopes.along_innovation
+    assert is_above.any()
+    assert torch.equal(slopes.along_change[is_above], slopes.along_innovation[is_above])
+    assert (slopes.along_change >= slopes.along_innovation).all()
+
+
 def test_noise_that_is_too_small_to_tell_from_chance_does_not_count():
     eigenvalues, u, z = torch.linspace(0.1, 0.9, 64, dtype=torch.float64), draw(6, 64), draw(6, 64, seed=1)
     without = measured_slopes(eigenvalues * u, u, past_with()).average

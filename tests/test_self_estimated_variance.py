@@ -216,10 +216,13 @@ def test_both_kinds_have_the_same_trace_of_every_sample(path, monkeypatch):
 
 @ON_ALL_PATHS
 @OF_BOTH_KINDS
+@pytest.mark.parametrize("corrector", ["langevin", "leimkuhler_matthews"])
 @pytest.mark.parametrize("corrector_steps", [0, 1, 2])
-def test_the_change_of_x_0_is_a_matrix_times_the_way_that_the_state_went(corrector_steps, kind, path, monkeypatch):
+def test_the_change_of_x_0_is_a_matrix_times_the_way_that_the_state_went(
+    corrector_steps, corrector, kind, path, monkeypatch
+):
     law, turn = law_of(EIGENVALUES[:4])
-    scheduler, seen = ready(5, kind, corrector_steps=corrector_steps, **path), []
+    scheduler, seen = ready(5, kind, corrector_steps=corrector_steps, corrector=corrector, **path), []
 
     def spy(x_0, y, past, is_isotropic):
         seen.append((x_0 - past.original, y - past.expected, past))
@@ -233,7 +236,9 @@ def test_the_change_of_x_0_is_a_matrix_times_the_way_that_the_state_went(correct
         (alpha, sigma), (alpha_before, sigma_before) = point(scheduler, t), point(scheduler, t_before)
         torch.testing.assert_close(change, way @ slope_of(EIGENVALUES[:4], turn, sigma / alpha), rtol=1e-5, atol=1e-8)
         if corrector_steps:
-            moved = 2 * 2 * (0.3 * sigma / alpha) ** 2
+            moved = (2 if corrector == "langevin" else 1) * 2 * (0.3 * sigma / alpha) ** 2
+            drift = 2 * 0.3**2 * (past.original - past.expected)
+            torch.testing.assert_close(way, drift + past.deviation * past.noise, rtol=1e-5, atol=1e-8)
         else:  # what x_0, if it were known, and if it were not at all, would have had it go
             moved = (sigma_before / alpha_before) ** 2 - (sigma / alpha) ** 2
         assert past.moved == pytest.approx(moved)

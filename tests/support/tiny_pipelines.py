@@ -136,6 +136,17 @@ def _prediction_type(scheduler: SchedulerMixin) -> str:
     return scheduler.config.get("prediction_type", "flow_prediction")
 
 
+class Recorded(NamedTuple):
+    """A law that keeps what it was asked to predict from: states with their alpha and sigma."""
+
+    law: Law
+    seen: list
+
+    def prediction(self, prediction_type: str, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):
+        self.seen.append((x, float(alpha), float(sigma)))
+        return self.law.prediction(prediction_type, x, alpha, sigma)
+
+
 # ---- tiny random components -----------------------------------------------------------------------------------------
 
 
