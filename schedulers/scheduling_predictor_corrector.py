@@ -110,6 +110,19 @@ class ContainedNoise(NamedTuple):
     scale: float | torch.Tensor
 
 
+class Evaluation(NamedTuple):
+    """A network call, as a step sees it: in the working precision, eps-hat and x̂_0 consistent with each other."""
+
+    x: torch.Tensor
+    eps: torch.Tensor
+    x_0: torch.Tensor
+    variance_values: torch.Tensor | None
+    generator: torch.Generator | list[torch.Generator] | None
+
+    def noise(self) -> torch.Tensor:
+        return standard_normal(self.x, self.generator, self.x.dtype)
+
+
 class Prediction(NamedTuple):
     """x̂_0 as the last prediction step saw it."""
 
@@ -131,7 +144,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         variance_type: Variance of the predictor "ddpm", as in `DDPMAncestralScheduler`, or "self_estimated" or
             "self_estimated_isotropic", which need no calibration: see `self_estimated_variance`.
         eta: Share of the ancestral noise in "ddim" and "secant", 0 .. 1. None is 0 for "ddim" and 1 for "secant".
-        solver_order: Order of "probability_flow", 1 or 2.
+        solver_order: Order of "probability_flow", 1 or 2; 2 extrapolates, and wants levels that are even in log SNR.
         corrector: "langevin" or "leimkuhler_matthews".
         corrector_steps: M, >= 0.
         snr: r, in 0 .. sqrt(1/2): delta = 2 (r sigma)^2.
@@ -329,14 +342,15 @@ class PredictorCorrectorScheduler(ReverseVariance):
         x = sample.to(dtype)
         prediction, variance_values = self._split(model_output.to(dtype), sample)
         eps, x_0 = self._noise_and_original(prediction, x, here)
+        call = Evaluation(x, eps, x_0, variance_values, generator)
         if there == here:
-            x = self._correct(x, eps, x_0, position, generator)
+            x = self._correct(call, position)
         elif self.config.predictor != "none":
-            x = self._predict(x, eps, x_0, here, there, variance_values, generator)
+            x = self._predict(call, here, there)
         elif there == DATA:
             x = x_0
         else:
-            x = self._correct(x, eps, x_0, position, generator) * signal_kept(here, there)
+            x = self._correct(call, position) * signal_kept(here, there)
             if self._contained is not None:
                 z, scale = self._contained
                 self._contained = ContainedNoise(z, scale * signal_kept(here, there))
@@ -361,47 +375,26 @@ class PredictorCorrectorScheduler(ReverseVariance):
 
     # ---- predictor --------------------------------------------------------------------------------------------------
 
-    def _predict(
-        self,
-        x: torch.Tensor,
-        eps: torch.Tensor,
-        x_0: torch.Tensor,
-        t: Level,
-        s: Level,
-        variance_values: torch.Tensor | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def _predict(self, call: Evaluation, t: Level, s: Level) -> torch.Tensor:
         """A state on level s, drawn from the law of the chosen reverse step."""
         if self.config.predictor == "secant":
-            return self._secant_step(x, eps, x_0, t, s, generator)
+            return self._secant_step(call, t, s)
         if self.config.variance_type in SELF_ESTIMATED:
-            return self._self_estimated_step(x, x_0, t, s, generator)
-        mean, deviation = self._reverse_step(x, eps, x_0, t, s, variance_values)
-        self._last_prediction = Prediction(t, x_0)
-        self._contained = None
-        if isinstance(deviation, float) and deviation == 0:
-            return mean
-        noise = standard_normal(x, generator, x.dtype)
-        self._contained = ContainedNoise(noise, deviation)
-        return mean + deviation * noise
+            return self._self_estimated_step(call, t, s)
+        mean, deviation = self._reverse_step(call, t, s)
+        self._last_prediction = Prediction(t, call.x_0)
+        return self._drawn(mean, deviation, call)
 
-    def _reverse_step(
-        self,
-        x: torch.Tensor,
-        eps: torch.Tensor,
-        x_0: torch.Tensor,
-        t: Level,
-        s: Level,
-        variance_values: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, float | torch.Tensor]:
+    def _reverse_step(self, call: Evaluation, t: Level, s: Level) -> tuple[torch.Tensor, float | torch.Tensor]:
         """Mean and standard deviation of x_s; only the predictor "ddpm" may have noise in the step to the data."""
         predictor, is_last = self.config.predictor, s.sigma == 0
+        x, eps, x_0 = call.x, call.eps, call.x_0
         if predictor == "ddpm":
             mean = ddpm(x, x_0, t, s).mean
             if is_last and not self.config.last_step_noise:
                 return mean, 0.0
             law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
-            return mean, self._standard_deviation(t, s, law, variance_values)
+            return mean, self._standard_deviation(t, s, law, call.variance_values)
         if predictor == "probability_flow":
             past = self._last_prediction if self.config.solver_order == 2 else None
             return probability_flow(x, x_0, t, s, *(past or (None, None))), 0.0
@@ -413,50 +406,33 @@ class PredictorCorrectorScheduler(ReverseVariance):
             step = SDE_STEPS[predictor](x, eps, t, s, self._is_brownian)
         return step.mean, 0.0 if is_last else step.variance**0.5
 
-    def _secant_step(
-        self,
-        x: torch.Tensor,
-        eps: torch.Tensor,
-        x_0: torch.Tensor,
-        t: Level,
-        s: Level,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def _secant_step(self, call: Evaluation, t: Level, s: Level) -> torch.Tensor:
         """See `secant`; in the coordinates y = x / alpha of level s."""
+        eps, x_0 = call.eps, call.x_0
         b, variance = contraction(t, s, 1.0 if self.config.eta is None else self.config.eta)
         mean = x_0 + math.sqrt(max((s.sigma / s.alpha) ** 2 - variance, 0.0)) * eps
         past, is_last = self._innovation, s.sigma == 0
         if past is not None:
             change, noise_level = x_0 - past.original, t.sigma / t.alpha
-            slopes = measured_slopes(change, x / t.alpha - past.expected, past)
+            slopes = measured_slopes(change, call.x / t.alpha - past.expected, past)
             if not is_last:
                 steps = b, past.contraction, noise_ratio(past.start, past.level)
                 c = secant_coefficient(slopes.along_change, *steps)
-                mean = mean + c.to(x.dtype) * change
+                mean = mean + c.to(mean.dtype) * change
                 variance = variance + missing_variance(slopes, c, noise_level, *steps)
             elif self.config.last_step_noise:
                 variance = slopes.average * noise_level**2
 
-        noise, deviation = None, 0.0
-        y = mean
-        if isinstance(variance, torch.Tensor) or variance > 0:
-            noise = standard_normal(x, generator, x.dtype)
-            deviation = variance**0.5
-            y = mean + (deviation.to(x.dtype) if isinstance(deviation, torch.Tensor) else deviation) * noise
+        y = self._drawn(mean, variance**0.5, call)
         if not is_last:
             expected = x_0 + noise_ratio(t, s) * (s.sigma / s.alpha) * eps
+            noise, deviation = self._contained or (None, 0.0)
             self._innovation = Innovation(t, s, x_0, expected, b, noise, deviation)
         return s.alpha * y
 
-    def _self_estimated_step(
-        self,
-        x: torch.Tensor,
-        x_0: torch.Tensor,
-        t: Level,
-        s: Level,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def _self_estimated_step(self, call: Evaluation, t: Level, s: Level) -> torch.Tensor:
         """The ancestral step with the covariance that the last two calls measured, see `self_estimated_variance`."""
+        x, x_0 = call.x, call.x_0
         law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
         mean = law.sample_weight * x + law.original_weight * x_0
         x_s, variance, past = mean, law.posterior_variance, self._innovation
@@ -466,45 +442,43 @@ class PredictorCorrectorScheduler(ReverseVariance):
             spread = law.original_weight * t.sigma / t.alpha
             variance = variance + spread**2 * rest
             if direction is not None:
-                sign = standard_normal(x.reshape(len(x), -1)[:, :1], generator, x.dtype).sign()
+                sign = standard_normal(x.reshape(len(x), -1)[:, :1], call.generator, x.dtype).sign()
                 x_s = x_s + spread * sign.reshape((-1,) + (1,) * (x.ndim - 1)) * direction
 
-        noise, deviation = None, 0.0
-        if isinstance(variance, torch.Tensor) or variance > 0:
-            noise = standard_normal(x, generator, x.dtype)
-            deviation = variance**0.5
-            x_s = x_s + (deviation.to(x.dtype) if isinstance(deviation, torch.Tensor) else deviation) * noise
-            self._contained = ContainedNoise(noise, deviation)
+        x_s = self._drawn(x_s, variance**0.5, call)
         if s.sigma > 0 and t.alpha > 0:
             moved = (t.sigma / t.alpha) ** 2 - (s.sigma / s.alpha) ** 2
+            noise, deviation = self._contained or (None, 0.0)
             self._innovation = Innovation(t, s, x_0, mean / s.alpha, 0.0, noise, deviation / s.alpha, moved)
         return x_s
 
+    def _drawn(self, mean: torch.Tensor, deviation: float | torch.Tensor, call: Evaluation) -> torch.Tensor:
+        """mean + deviation z; remembers z, and draws none if the deviation is known to be 0."""
+        self._contained = None
+        if isinstance(deviation, float) and deviation == 0:
+            return mean
+        z = call.noise()
+        self._contained = ContainedNoise(z, deviation)
+        return mean + (deviation.to(z.dtype) if isinstance(deviation, torch.Tensor) else deviation) * z
+
     # ---- corrector --------------------------------------------------------------------------------------------------
 
-    def _correct(
-        self,
-        x: torch.Tensor,
-        eps: torch.Tensor,
-        x_0: torch.Tensor,
-        position: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def _correct(self, call: Evaluation, position: int) -> torch.Tensor:
         """One Langevin step on the level of this position."""
-        level = self._schedule[position].here
-        z = standard_normal(x, generator, x.dtype)
-        step_size = self._step_size(eps, z, position)
+        x, level = call.x, self._schedule[position].here
+        z = call.noise()
+        step_size = self._step_size(call.eps, z, position)
         if isinstance(step_size, float) and step_size == 0:
             return x
         noise, variance = z, 2 * step_size
         if self.config.corrector == "leimkuhler_matthews":
-            noise = (self._noise_in(x, (0.5 * step_size) ** 0.5, generator) + z) / 2
+            noise = (self._noise_in(call, (0.5 * step_size) ** 0.5) + z) / 2
             variance = step_size
             self._contained = ContainedNoise(z, (0.5 * step_size) ** 0.5)
         if self.config.variance_type in SELF_ESTIMATED and level.alpha > 0:
             deviation, moved = (2 * step_size) ** 0.5 / level.alpha, variance / level.alpha**2
-            self._innovation = Innovation(level, level, x_0, x / level.alpha, 0.0, noise, deviation, moved)
-        return langevin_step(x, eps, level.sigma, step_size, noise)
+            self._innovation = Innovation(level, level, call.x_0, x / level.alpha, 0.0, noise, deviation, moved)
+        return langevin_step(x, call.eps, level.sigma, step_size, noise)
 
     def _step_size(self, eps: torch.Tensor, z: torch.Tensor, position: int) -> float | torch.Tensor:
         """delta, () or (B, 1, ..); at most sigma^2 but for "batch_norm", and finite where the score is zero."""
@@ -526,22 +500,17 @@ class PredictorCorrectorScheduler(ReverseVariance):
             return torch.where(score_norm > 0, 2 * (r * noise_norm / score_norm) ** 2, sigma**2)
         return (2 * (r * noise_norm / score_norm) ** 2).clamp(max=sigma**2)
 
-    def _noise_in(
-        self,
-        x: torch.Tensor,
-        scale: float | torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def _noise_in(self, call: Evaluation, scale: float | torch.Tensor) -> torch.Tensor:
         """A noise w that x contains with the given scale, as far as it does.
 
         If x = m + b z, then with b >= scale a share of z and a new z' make w of variance 1 with Cov[x, w] = scale. If
         there is less, w = z with new noise of variance 2 - 2 b / scale, which keeps the variance of x to first order.
         """
-        new = standard_normal(x, generator, x.dtype)
+        new = call.noise()
         if self._contained is None:
             return math.sqrt(3) * new
         z, b = self._contained
-        share = torch.as_tensor(b / scale, dtype=x.dtype)
+        share = torch.as_tensor(b / scale, dtype=z.dtype)
         within = (1 / share).clamp(max=1)
         missing = torch.where(share >= 1, (1 - within**2).clamp(min=0), (2 - 2 * share).clamp(min=0))
         return within * z + missing.sqrt() * new

@@ -101,7 +101,7 @@ def measured_slopes(change: torch.Tensor, innovation: torch.Tensor, past: Innova
         d, z, w = change[0].numel(), past.noise, past.deviation
         unexplained = inner(change, z) - average * inner(innovation, z)
         average = average + d * w * unexplained / (d * w**2 * inner(z, z) + uu).clamp(min=tiny)
-    along_innovation = (DD / torch.maximum(Du, DD).clamp(min=tiny)).clamp(NARROW, 1 - NARROW)
+    along_innovation = (DD / Du.clamp(min=tiny)).clamp(NARROW, 1 - NARROW)
     average = average.clamp(0, 1)
     growth = along_innovation / average.clamp(min=NARROW)
     along_change = (along_innovation * growth.clamp(min=1).sqrt()).clamp(NARROW, 1 - NARROW)
