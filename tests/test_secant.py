@@ -346,6 +346,41 @@ def test_the_contraction_and_the_noise_add_up_to_the_next_level(path):
         assert contraction(here, there, 0.0)[0] == pytest.approx(s_next / s)
 
 
+@ON_ALL_PATHS
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_a_step_adds_the_measured_change_and_what_is_missing_to_the_first_order_step(eta, path, monkeypatch):
+    law, scheduler = Gaussian(correlated(12)[0], covariance=correlated(12)[1]), ready(5, eta=eta, **path)
+    (_, s_p), (alpha, s), (alpha_next, s_next) = (level_of(scheduler, t) for t in scheduler.timesteps[:3])
+    network, z, states = exact_network(law, scheduler), draw(4, 12, seed=5), []
+    for noise in (0.0, 1.0):
+        draws = iter([z, torch.full_like(z, noise)] if eta > 0 else [torch.full_like(z, noise)])
+        monkeypatch.setattr(scheduling_predictor_corrector, "standard_normal", lambda *_, of=draws: next(of))
+        x = draw(4, 12, seed=6)
+        steps = [x]
+        for t in scheduler.timesteps[:2]:
+            x = scheduler.step(network(x, t), t, x).prev_sample
+            steps.append(x)
+        states.append(steps)
+
+    y = states[0][1] / alpha
+    x_0, first = law.denoise(y, 1.0, s), states[0][0] / level_of(scheduler, scheduler.timesteps[0])[0]
+    x_0_p = law.denoise(first, 1.0, s_p)
+    D, u = x_0 - x_0_p, y - x_0_p - (s / s_p) ** 2 * (first - x_0_p)
+    w = eta * s * math.sqrt(1 - (s / s_p) ** 2)
+    Du, DD, uu, zz = ((a * b).sum(1, keepdim=True) for a, b in ((D, u), (D, D), (u, u), (z, z)))
+    unexplained = ((D - Du / uu * u) * z).sum(1, keepdim=True)
+    l_1 = Du / uu + 12 * w * unexplained / (12 * w**2 * zz + uu)
+    l_2 = DD / Du
+    slopes = Slopes(l_1, l_2, l_2 * (l_2 / l_1).clamp(min=1).sqrt())
+    b, b_p = (math.sqrt(v**2 - eta**2 * v**2 * (1 - v**2 / V**2)) / V for v, V in ((s_next, s), (s, s_p)))
+    c = secant_coefficient(slopes.along_change, b, b_p, s / s_p)
+    torch.testing.assert_close(states[0][2] / alpha_next, x_0 + b * (y - x_0) + c * D, rtol=1e-6, atol=1e-9)
+    variance = ((states[1][2] - states[0][2]) / alpha_next) ** 2
+    expected = eta**2 * s_next**2 * (1 - s_next**2 / s**2) + missing_variance(slopes, c, s, b, b_p, s / s_p)
+    torch.testing.assert_close(variance, expected.expand_as(variance), rtol=1e-6, atol=1e-9)
+    assert (expected > 0).all() and (l_2 > l_1).any()
+
+
 # ---- the variance of a run ------------------------------------------------------------------------------------------
 
 
