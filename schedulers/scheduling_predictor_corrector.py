@@ -98,6 +98,7 @@ SDE_STEPS = {
     "reverse_diffusion": reverse_diffusion,
 }
 CORRECTORS = ("langevin", "leimkuhler_matthews")
+SLOPES_PER = ("sample", "channel")
 STEP_SIZE_RULES = ("sigma", "norm", "batch_norm", "reversal")
 LAYOUTS = ("heun", "full")
 LARGEST_SNR = math.sqrt(0.5)
@@ -144,6 +145,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         variance_type: Variance of the predictor "ddpm", as in `DDPMAncestralScheduler`, or "self_estimated" or
             "self_estimated_isotropic", which need no calibration: see `self_estimated_variance`.
         eta: Share of the ancestral noise in "ddim" and "secant", 0 .. 1. None is 0 for "ddim" and 1 for "secant".
+        slopes_per: "sample" or "channel": what "secant" and the self-estimated variances measure as one. The second is
+            for latents whose channels differ in scale.
         solver_order: Order of "probability_flow", 1 or 2; 2 extrapolates, and wants levels that are even in log SNR.
         corrector: "langevin" or "leimkuhler_matthews".
         corrector_steps: M, >= 0.
@@ -180,6 +183,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         predictor: str = "ddpm",
         variance_type: str | None = "fixed_small",
         eta: float | None = None,
+        slopes_per: str = "sample",
         solver_order: int = 1,
         corrector: str = "langevin",
         corrector_steps: int = 1,
@@ -210,6 +214,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
             ("predictor", predictor, PREDICTORS),
             ("variance_type", variance_type, [*VARIANCE_TYPES, *SELF_ESTIMATED]),
             ("solver_order", solver_order, (1, 2)),
+            ("slopes_per", slopes_per, SLOPES_PER),
             ("corrector", corrector, CORRECTORS),
             ("step_size_rule", step_size_rule, STEP_SIZE_RULES),
             ("layout", layout, LAYOUTS),
@@ -368,6 +373,10 @@ class PredictorCorrectorScheduler(ReverseVariance):
         here, there = self._schedule[due]
         return here == there or (self.config.predictor == "none" and there != DATA)
 
+    @property
+    def _per_channel(self) -> bool:
+        return self.config.slopes_per == "channel"
+
     def _forget(self) -> None:
         self._contained: ContainedNoise | None = None
         self._last_prediction: Prediction | None = None
@@ -414,7 +423,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         past, is_last = self._innovation, s.sigma == 0
         if past is not None:
             change, noise_level = x_0 - past.original, t.sigma / t.alpha
-            slopes = measured_slopes(change, call.x / t.alpha - past.expected, past)
+            slopes = measured_slopes(change, call.x / t.alpha - past.expected, past, self._per_channel)
             if not is_last:
                 steps = b, past.contraction, noise_ratio(past.start, past.level)
                 c = secant_coefficient(slopes.along_change, *steps)
@@ -438,7 +447,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         x_s, variance, past = mean, law.posterior_variance, self._innovation
         if past is not None and (s.sigma > 0 or self.config.last_step_noise):
             is_isotropic = self.config.variance_type == "self_estimated_isotropic"
-            direction, rest = spread_of_original(x_0, x / t.alpha, past, is_isotropic)
+            direction, rest = spread_of_original(x_0, x / t.alpha, past, is_isotropic, self._per_channel)
             spread = law.original_weight * t.sigma / t.alpha
             variance = variance + spread**2 * rest
             if direction is not None:

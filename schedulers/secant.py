@@ -46,7 +46,8 @@ the correction back where w |z| is below |u| / sqrt(d), where it could not be to
 
 **The last step** goes to m, or to a draw from N(m, l_1 s^2 I) if its noise is kept.
 
-Nothing here costs a network call. Everything is a function of one sample alone.
+Nothing here costs a network call. Everything is a function of one sample alone. Where its channels differ in scale, as
+those of latents may, the same is done for each channel by itself: L is then taken to have no blocks between channels.
 
 Source: this library; docs/self_estimated_variance.md has the derivation, figures and where it fails. It rests on Stein
 1981, "Estimation of the Mean of a Multivariate Normal Distribution", Ann. Statist. 9; Efron 2011, "Tweedie's Formula
@@ -55,7 +56,7 @@ and Selection Bias", J. Amer. Statist. Assoc. 106; and, as a multistep method, L
     symbol     code         shape         meaning
     y, m, D    y, m, D      (B, *)        state, x̂_0, change of x̂_0; in units of the data
     s, s'      noise        ()            noise levels sigma / alpha here and where the step goes
-    l_1 .. R   slope ..     (B, 1, ..)    mean slopes of x̂_0, 0 .. 1
+    l_1 .. R   slope ..     (B, 1, ..)    mean slopes of x̂_0, 0 .. 1; (B, C, 1, ..) per channel
 """
 
 import math
@@ -92,13 +93,16 @@ class Slopes(NamedTuple):
     along_change: torch.Tensor
 
 
-def measured_slopes(change: torch.Tensor, innovation: torch.Tensor, past: Innovation) -> Slopes:
-    """l_1, l_2 and l_3 from D = L u."""
+def measured_slopes(
+    change: torch.Tensor, innovation: torch.Tensor, past: Innovation, per_channel: bool = False
+) -> Slopes:
+    """l_1, l_2 and l_3 from D = L u, of each sample, or of each of its channels, (B, C, 1, ..)."""
+    inner = channel_inner if per_channel else sample_inner
     Du, DD, uu = (inner(a, b) for a, b in ((change, innovation), (change, change), (innovation, innovation)))
     tiny = torch.finfo(Du.dtype).tiny
     average = Du / uu.clamp(min=tiny)
     if past.noise is not None:
-        d, z, w = change[0].numel(), past.noise, past.deviation
+        d, z, w = change.numel() // Du.numel(), past.noise, past.deviation
         unexplained = inner(change, z) - average * inner(innovation, z)
         average = average + d * w * unexplained / (d * w**2 * inner(z, z) + uu).clamp(min=tiny)
     along_innovation = (DD / Du.clamp(min=tiny)).clamp(NARROW, 1 - NARROW)
@@ -149,8 +153,19 @@ def missing_variance(
     return slopes.average * noise**2 * ((1 - step_contraction) ** 2 - carried).clamp(min=0)
 
 
-def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def sample_inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner product of each sample, (B, 1, ..), as float64 so that the few numbers made from it lose nothing more."""
     products = torch.linalg.vecdot(a.reshape(len(a), -1), b.reshape(len(b), -1))
-    wide = torch.float32 if products.device.type == "mps" else torch.float64  # which that device has not
-    return products.to(wide).reshape((-1,) + (1,) * (a.ndim - 1))
+    return _wide(products).reshape((-1,) + (1,) * (a.ndim - 1))
+
+
+def channel_inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner product of each channel of each sample, (B, C, 1, ..), as float64."""
+    if a.ndim < 3:
+        raise ValueError(f"slopes per channel need samples of shape (B, C, ..), got {tuple(a.shape)}")
+    products = torch.linalg.vecdot(a.flatten(2), b.flatten(2))
+    return _wide(products).reshape(products.shape + (1,) * (a.ndim - 2))
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)  # which that device has not

@@ -29,13 +29,13 @@ trace of the influence matrix", Commun. Statist. Simul. 19.
 
 import torch
 
-from annealers.schedulers.secant import Innovation, inner, measured_slopes
+from annealers.schedulers.secant import Innovation, channel_inner, measured_slopes, sample_inner
 
 SELF_ESTIMATED = ("self_estimated", "self_estimated_isotropic")
 
 
 def spread_of_original(
-    x_0: torch.Tensor, y: torch.Tensor, past: Innovation, is_isotropic: bool
+    x_0: torch.Tensor, y: torch.Tensor, past: Innovation, is_isotropic: bool, per_channel: bool = False
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """A vector a and a variance b such that a a^T + b I estimates L, the covariance of x_0 in units of s^2.
 
@@ -44,17 +44,18 @@ def spread_of_original(
         y: The state, (B, *).
         past: The call before.
         is_isotropic: Whether all of it goes into b.
+        per_channel: Whether each channel is measured by itself.
 
     Returns:
-        a, (B, *), or None, and b, (B, 1, ..), float64.
+        a, (B, *), or None, and b, (B, 1, ..) or per channel (B, C, 1, ..), float64.
     """
     change = x_0 - past.original
-    slope = measured_slopes(change, y - past.expected, past).average
+    slope = measured_slopes(change, y - past.expected, past, per_channel).average
     if is_isotropic:
         return None, slope
     # the variance of all that the state was moved by, per coordinate, which is more than the isotropic noise
     scale = past.moved**-0.5
-    d = change[0].numel()
-    square = scale**2 * inner(change, change) / d
+    inner = channel_inner if per_channel else sample_inner
+    square = scale**2 * inner(change, change) / (change.numel() // slope.numel())
     kept = (slope / square.clamp(min=torch.finfo(square.dtype).tiny)).clamp(max=1)  # never more than the trace
     return (kept.sqrt() * scale).to(change.dtype) * change, (slope - kept * square).clamp(min=0)

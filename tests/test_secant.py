@@ -648,3 +648,61 @@ def test_at_equal_calls_it_is_much_nearer_to_the_law_than_first_order_steps(eta,
         )
     ]
     assert 5 * secant < small and 1.5 * secant < min(others), (secant, small, others)
+
+
+# ---- channels of different scale ------------------------------------------------------------------------------------
+
+CHANNEL_STDS = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+
+
+def channel_variances(steps=10, batch=32, side=16, **settings):
+    """Variance of each channel of the samples over the right one, for channels that are each N(0, std^2 I)."""
+    variance = (CHANNEL_STDS**2)[:, None, None].expand(4, side, side)
+    law = Gaussian(torch.zeros(4, side, side, dtype=torch.float64), variance=variance)
+    scheduler = PredictorCorrectorScheduler(
+        clip_sample=False, timestep_spacing="karras", last_step_noise=True, corrector_steps=0, **settings
+    )
+    scheduler.set_timesteps(steps)
+    model, generator = law.as_model(scheduler), torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 4, side, side, dtype=torch.float64, generator=generator)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t).sample, t, x, generator=generator).prev_sample
+    return x.var(dim=(0, 2, 3)) / CHANNEL_STDS**2
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_measured_per_channel_every_channel_keeps_its_own_variance(eta):
+    standard_error = (2 / (32 * 16 * 16)) ** 0.5
+    per_channel = channel_variances(predictor="secant", eta=eta, slopes_per="channel")
+    assert (
+        per_channel - 1
+    ).abs().max() < 0.02 + 4 * standard_error  # 2 %: what eta > 0 leaves, and its noisier slopes
+    per_sample = channel_variances(predictor="secant", eta=eta)
+    assert (per_sample - 1).abs().max() > 0.5  # which is why
+
+
+def test_one_channel_is_measured_as_the_whole_sample():
+    z = torch.randn(3, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u = torch.randn(3, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    past = past_with(z, 0.7)
+    for whole, each in zip(
+        measured_slopes(0.3 * u + 0.1 * z, u, past), measured_slopes(0.3 * u + 0.1 * z, u, past, True), strict=True
+    ):
+        torch.testing.assert_close(whole, each)
+
+
+def test_a_channel_does_not_depend_on_the_others():
+    z, u = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    change = 0.3 * u + 0.1 * z
+    together = measured_slopes(change, u, past_with(z, 0.7), True)
+    alone = measured_slopes(change[:, 2:3], u[:, 2:3], past_with(z[:, 2:3], 0.7), True)
+    for of_all, of_one in zip(together, alone, strict=True):
+        torch.testing.assert_close(of_all[:, 2:3], of_one)
+
+
+def test_samples_without_channels_cannot_be_measured_per_channel():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"shape \(B, C, ..\), got \(3, 4\)"):
+        measured_slopes(x, x, past_with(x, 1.0), True)
+    with pytest.raises(ValueError, match="slopes_per must be one of .* got 'band'"):
+        PredictorCorrectorScheduler(slopes_per="band")

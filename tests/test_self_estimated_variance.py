@@ -434,3 +434,17 @@ def test_a_manifold_in_many_dimensions_keeps_its_variance(corrector_steps):
         off[kind] = float((run(scheduler, x, seeded(0), law)[-1][:, 4:] ** 2).mean()) / 0.05**2
     assert off["fixed_small"] < 0.75
     assert off["self_estimated"] == pytest.approx(1, abs=0.08)
+
+
+@pytest.mark.parametrize("is_isotropic", [False, True])
+def test_measured_per_channel_no_channel_lends_its_variance_to_another(is_isotropic):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 2, 8, 8, dtype=torch.float64, generator=generator)
+    slopes = torch.tensor([1.0, 0.0], dtype=torch.float64)[None, :, None, None]  # one known, one unknown channel
+    past = Innovation(LEVEL, LEVEL, torch.zeros_like(z), torch.zeros_like(z), 0.0, z, 1.0, 1.0)
+    direction, rest = spread_of_original(slopes * z, z, past, is_isotropic, True)
+    assert rest.shape == (200, 2, 1, 1)
+    variance = rest.expand(z.shape) if direction is None else rest + direction**2
+    torch.testing.assert_close(variance[:, 1], torch.zeros_like(variance[:, 1]))
+    standard_error = (2 / variance[:, 0].numel()) ** 0.5
+    assert abs(variance[:, 0].mean() - 1) < 4 * standard_error
