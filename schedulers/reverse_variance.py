@@ -57,6 +57,8 @@ TWO_HEADED = ("learned", "learned_range", "posterior")  # the second half of the
 class ReverseVariance(GaussianPathScheduler):
     """The variance of a step t -> s as `config.variance_type` says, for ancestral schedulers to inherit."""
 
+    _calibration: tuple[list[float] | None, np.ndarray] | None = None
+
     # ---- the variance of a step -------------------------------------------------------------------------------------
 
     def _standard_deviation(
@@ -68,7 +70,7 @@ class ReverseVariance(GaussianPathScheduler):
         if kind == "fixed_large":
             return law.forward_variance**0.5
         if kind == "optimal":
-            data_variance = float(np.interp(t.timestep, self.train_timesteps, self._data_variance()))
+            data_variance = float(np.interp(t.timestep, self.train_timesteps, self._calibrated_data_variance()))
             unknown = data_variance * t.sigma**2 / (t.alpha**2 * data_variance + t.sigma**2)
             return (law.posterior_variance + law.original_weight**2 * unknown) ** 0.5
         if kind == "posterior":
@@ -146,6 +148,13 @@ class ReverseVariance(GaussianPathScheduler):
         self.register_to_config(mean_squared_noise=values)
         self._mark_as_default(["mean_squared_noise"], marked=False)
         return values
+
+    def _calibrated_data_variance(self) -> np.ndarray:
+        """The variance S below, made once of the statistic in the config, which a pipeline may replace."""
+        statistic = self.config.mean_squared_noise
+        if self._calibration is None or self._calibration[0] is not statistic:
+            self._calibration = (statistic, self._data_variance())
+        return self._calibration[1]
 
     def _data_variance(
         self, timesteps: Sequence[int] | None = None, mean_squared_noise: Sequence[float] | None = None

@@ -84,8 +84,8 @@ def recorded_slopes(monkeypatch):
     """What the scheduler measures from now on: (D, u, slopes) of each call."""
     records = []
 
-    def spy(change, innovation, past):
-        slopes = measured_slopes(change, innovation, past)
+    def spy(change, innovation, past, *more):
+        slopes = measured_slopes(change, innovation, past, *more)
         records.append((change, innovation, slopes))
         return slopes
 

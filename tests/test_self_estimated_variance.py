@@ -224,9 +224,9 @@ def test_the_change_of_x_0_is_a_matrix_times_the_way_that_the_state_went(
     law, turn = law_of(EIGENVALUES[:4])
     scheduler, seen = ready(5, kind, corrector_steps=corrector_steps, corrector=corrector, **path), []
 
-    def spy(x_0, y, past, is_isotropic):
+    def spy(x_0, y, past, *more):
         seen.append((x_0 - past.original, y - past.expected, past))
-        return spread_of_original(x_0, y, past, is_isotropic)
+        return spread_of_original(x_0, y, past, *more)
 
     monkeypatch.setattr(scheduling_predictor_corrector, "spread_of_original", spy)
     run(scheduler, draw(7, 4), seeded(0), law)
