@@ -567,6 +567,10 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             return -sigma * model_output, x_0
         return (sample - alpha * x_0) / sigma, x_0
 
+    def _check_ready(self) -> None:
+        if self.num_inference_steps is None:
+            raise ValueError("step needs a schedule: call set_timesteps first, with a number of levels or the levels")
+
     def _check_shape(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         if model_output.shape != sample.shape:
             raise ValueError(

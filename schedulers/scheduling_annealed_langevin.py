@@ -168,12 +168,12 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
             The next x, which is x̂_0 after the closing step, and x̂_0, both (B, *), in the dtype of `sample`.
 
         Raises:
-            ValueError: If the output's shape does not fit or the timestep is not in the schedule.
+            ValueError: If the output's shape does not fit, the timestep is not in the schedule, or there is none yet.
         """
+        self._check_ready()
         position = self._position(timestep)
         here, there = self._schedule[position]
         self._check_shape(model_output, sample)
-        self._check_terminal_snr(here)
 
         dtype = working_dtype(sample)
         x = sample.to(dtype)

@@ -145,12 +145,12 @@ class ModifiedEulerMaruyamaScheduler(GaussianPathScheduler):
             x_{k-1} and x̂_0, both (B, *), in the dtype of `sample`.
 
         Raises:
-            ValueError: If the output's shape does not fit or the timestep is not in the schedule.
+            ValueError: If the output's shape does not fit, the timestep is not in the schedule, or there is none yet.
         """
+        self._check_ready()
         position = self._position(timestep)
         t, s = self._schedule[position]
         self._check_shape(model_output, sample)
-        self._check_terminal_snr(t)
 
         dtype = working_dtype(sample)
         x_t = sample.to(dtype)

@@ -334,12 +334,12 @@ class PredictorCorrectorScheduler(ReverseVariance):
             The next x and x̂_0, both (B, *), in the dtype of `sample`.
 
         Raises:
-            ValueError: If the output's shape does not fit, the timestep is not in the schedule, or the variance is
-                "optimal" and not calibrated.
+            ValueError: If the output's shape does not fit, the timestep is not in the schedule, there is none yet, or
+                the variance is "optimal" and not calibrated.
         """
+        self._check_ready()
         position = self._position(timestep)
         here, there = self._schedule[position]
-        self._check_terminal_snr(here)
         if position != self._step_index:  # a run begins here: nothing is remembered of another
             self._forget()
 

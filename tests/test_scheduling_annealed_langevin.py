@@ -525,6 +525,7 @@ def test_zeros_from_the_network_make_no_nan(path):
 
 def test_the_tuple_holds_the_fields_of_the_output():
     scheduler, x = build(), draw(2, 3)
+    scheduler.set_timesteps(timesteps=[500, 100])
     output = scheduler.step(torch.sin(x), 500, x, generator=seeded(1))
     pair = scheduler.step(torch.sin(x), 500, x, generator=seeded(1), return_dict=False)
     assert isinstance(pair, tuple)
@@ -536,6 +537,7 @@ def test_the_tuple_holds_the_fields_of_the_output():
 def test_a_step_leaves_its_inputs_alone_and_is_differentiable():
     scheduler, x, output = build(), draw(2, 3), draw(2, 3, seed=1).requires_grad_()
     before = x.clone(), output.detach().clone()
+    scheduler.set_timesteps(timesteps=[500, 100])
     scheduler.step(output, 500, x, generator=seeded(1)).prev_sample.sum().backward()
     assert torch.equal(x, before[0])
     assert torch.equal(output.detach(), before[1])
@@ -627,6 +629,12 @@ def test_geometric_levels_of_a_path_that_ends_in_pure_noise_are_refused():
 def test_pure_noise_is_refused_where_the_prediction_cannot_tell_the_data(prediction_type):
     scheduler = build(rescale_betas_zero_snr=True, prediction_type=prediction_type)
     with pytest.raises(ValueError, match=f"timestep 999 has no signal .* prediction_type='{prediction_type}'"):
+        scheduler.set_timesteps(timesteps=[999, 500])
+
+
+def test_a_step_without_a_schedule_is_refused():
+    scheduler = build()
+    with pytest.raises(ValueError, match="call set_timesteps first"):
         scheduler.step(torch.zeros(1, 2), 999, torch.zeros(1, 2))
 
 

@@ -986,8 +986,6 @@ def test_a_network_of_noise_cannot_start_where_there_is_no_signal():
     scheduler = PredictorCorrectorScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="timestep 999 has no signal .* prediction_type='epsilon'"):
         scheduler.set_timesteps(3)
-    with pytest.raises(ValueError, match="timestep 999 has no signal"):
-        scheduler.step(torch.zeros(1, 2), 999, torch.zeros(1, 2))
 
 
 # ---- the last step --------------------------------------------------------------------------------------------------
@@ -1196,16 +1194,13 @@ def test_noised_data_enter_at_the_prediction_of_their_level():
     assert torch.equal(*steps)
 
 
-def test_before_set_timesteps_the_whole_chain_is_the_schedule():
+def test_before_set_timesteps_the_whole_chain_is_shown_and_a_step_is_refused():
     scheduler = build(num_train_timesteps=12, corrector_steps=2)
     assert scheduler.timesteps.tolist() == [11] + [t for t in range(10, -1, -1) for _ in range(3)]
-    x = draw(2, 3)
-    chosen = build(num_train_timesteps=12, corrector_steps=2)
-    chosen.set_timesteps(12)
-    assert torch.equal(run(scheduler, x, seeded(1))[-1], run(chosen, x, seeded(1))[-1])
     part = build(num_train_timesteps=12, corrector_steps=2, corrector_range=(0.0, 0.3))
     assert part.timesteps.tolist() == list(range(11, 3, -1)) + [t for t in range(3, -1, -1) for _ in range(3)]
-    assert run(part, x, seeded(1))[-1].isfinite().all()
+    with pytest.raises(ValueError, match="call set_timesteps first"):
+        scheduler.step(draw(2, 3), 11, draw(2, 3))
 
 
 # ---- what a step keeps ----------------------------------------------------------------------------------------------
