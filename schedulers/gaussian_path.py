@@ -152,6 +152,11 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         scheduler._mark_as_default(meant.keys() - said)
         return result
 
+    @classmethod
+    def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
+        """Those of Diffusers and, as it finds only its own by name, the others on Gaussian paths."""
+        return super()._get_compatibles() + [other for other in _leaves(GaussianPathScheduler) if other is not cls]
+
     def _mark_as_default(self, names: Iterable[str], marked: bool = True) -> None:
         """Lists settings as defaults, which the `from_config` of another class drops, or as chosen, which it keeps."""
         defaults = set(self.config.get("_use_default_values", []))
@@ -590,6 +595,10 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if config.clip_sample:
             return original_sample.clamp(-config.clip_sample_range, config.clip_sample_range)
         return original_sample
+
+
+def _leaves(base: type) -> list[type]:
+    return [leaf for child in base.__subclasses__() for leaf in (_leaves(child) or [child])]
 
 
 def working_dtype(sample: torch.Tensor) -> torch.dtype:

@@ -30,7 +30,12 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils.dummy_torch_and_torchsde_objects import DPMSolverSDEScheduler as NeedsTorchsde
 
-from annealers import DDPMAncestralScheduler
+from annealers import (
+    AnnealedLangevinScheduler,
+    DDPMAncestralScheduler,
+    ModifiedEulerMaruyamaScheduler,
+    PredictorCorrectorScheduler,
+)
 from annealers.exact import Gaussian, GaussianMixture
 from annealers.schedulers import GaussianPathScheduler, GaussianPathSchedulerOutput
 
@@ -1169,7 +1174,11 @@ OURS_ALONE = {
     *("sigma_min", "sigma_max", "last_step_noise", "mean_squared_noise", "denoising_error"),
     *("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"),
 }
-COMPATIBLE = [each for each in DDPMAncestralScheduler().compatibles if each is not NeedsTorchsde]
+COMPATIBLE = [
+    each
+    for each in DDPMAncestralScheduler().compatibles
+    if each is not NeedsTorchsde and each.__module__ != "annealers"
+]
 SHARED = {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "scaled_linear"}
 
 
@@ -1283,10 +1292,33 @@ def test_ours_comes_back_unchanged_from_each_scheduler_of_diffusers(theirs):
     assert {name: after.config[name] for name in settings(before)} == settings(before)
 
 
-def test_all_seventeen_schedulers_of_diffusers_are_compatible():
-    assert len(DDPMAncestralScheduler().compatibles) == 17
-    assert len(COMPATIBLE) in (16, 17)  # one is a placeholder without torchsde
+def test_all_seventeen_schedulers_of_diffusers_and_our_other_three_are_compatible():
+    compatibles = DDPMAncestralScheduler().compatibles
+    others = [AnnealedLangevinScheduler, ModifiedEulerMaruyamaScheduler, PredictorCorrectorScheduler]
+    assert sorted(each.__name__ for each in compatibles if each.__module__ == "annealers") == sorted(
+        each.__name__ for each in others
+    )
+    assert len(compatibles) == 17 + 3
     assert {FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler} < set(COMPATIBLE)
+
+
+OURS = [
+    lambda: AnnealedLangevinScheduler(steps_per_level=7, step_size=0.1),
+    lambda: DDPMAncestralScheduler(variance_type="fixed_large", last_step_noise=True),
+    lambda: ModifiedEulerMaruyamaScheduler(step_schedule="cosine", step_ratio=50.0),
+    lambda: PredictorCorrectorScheduler(predictor="ddim", snr=0.2, corrector_range=(0.1, 0.9)),
+]
+
+
+@pytest.mark.parametrize("second", OURS)
+@pytest.mark.parametrize("first", OURS)
+def test_our_own_schedulers_take_each_others_place_in_silence_and_come_back_unchanged(first, second):
+    scheduler, between = first(), type(second())
+    with Messages() as messages:
+        back = type(scheduler).from_config(between.from_config(scheduler.config).config)
+    assert messages.texts == []
+    own = inspect.signature(type(scheduler).__init__).parameters.keys() - {"self"}
+    assert {name: back.config[name] for name in own} == {name: scheduler.config[name] for name in own}
 
 
 def as_saved(scheduler):
