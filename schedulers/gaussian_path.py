@@ -159,9 +159,10 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
 
     def _mark_as_default(self, names: Iterable[str], marked: bool = True) -> None:
         """Lists settings as defaults, which the `from_config` of another class drops, or as chosen, which it keeps."""
-        defaults = set(self.config.get("_use_default_values", []))
-        defaults = defaults | set(names) if marked else defaults - set(names)
-        self.register_to_config(_use_default_values=sorted(defaults))
+        before = set(self.config.get("_use_default_values", []))
+        after = before | set(names) if marked else before - set(names)
+        if after != before:  # a config that was loaded has no such list, and gets none
+            self.register_to_config(_use_default_values=sorted(after))
 
     @property
     def _is_flow(self) -> bool:

@@ -153,6 +153,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         snr: r, in 0 .. sqrt(1/2): delta = 2 (r sigma)^2.
         step_size_rule: "sigma", "norm", "batch_norm" or "reversal", which does not use `snr`; see the file.
         corrector_range: The part of the train timesteps, (low, high) in 0 .. 1, on whose levels the corrector acts.
+            None is all of them.
         layout: "heun" or "full": whether the first level is corrected as well.
         last_step_noise: Whether the step to the data keeps the noise of `variance_type`, or of "secant". It is part of
             the exact law, and right for levels that end near the data, as those of "karras" spacing do.
@@ -189,7 +190,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         corrector_steps: int = 1,
         snr: float = 0.16,  # variance-exploding networks, Song et al. 2021, App. G
         step_size_rule: str = "sigma",
-        corrector_range: tuple[float, float] | list[float] = (0.0, 1.0),
+        corrector_range: tuple[float, float] | list[float] | None = None,
         layout: str = "heun",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
@@ -240,7 +241,9 @@ class PredictorCorrectorScheduler(ReverseVariance):
             )
         if variance_type in SELF_ESTIMATED and predictor != "ddpm":
             raise ValueError(f"variance_type={variance_type!r} is for predictor='ddpm', got predictor={predictor!r}")
-        if len(corrector_range) != 2 or not 0 <= corrector_range[0] <= corrector_range[1] <= 1:
+        if corrector_range is not None and (
+            len(corrector_range) != 2 or not 0 <= corrector_range[0] <= corrector_range[1] <= 1
+        ):
             raise ValueError(f"corrector_range must be (low, high) with 0 <= low <= high <= 1, got {corrector_range}")
         self._entries_per_level = corrector_steps if predictor == "none" else corrector_steps + 1
         self.order = self._entries_per_level
@@ -279,6 +282,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         return [*visits, Visit(levels[-1], DATA)]
 
     def _is_corrected(self, level: Level) -> bool:
+        if self.config.corrector_range is None:
+            return True
         low, high = self.config.corrector_range
         return low <= level.timestep / max(self.train_timesteps[-1], 1) <= high
 
