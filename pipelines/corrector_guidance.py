@@ -60,6 +60,8 @@ class CorrectorGuidanceCallback(PipelineCallback):
             raise ValueError(
                 f"guidance of the corrector needs a PredictorCorrectorScheduler, got {type(scheduler).__name__}"
             )
+        if scheduler.num_corrections == 0:
+            raise ValueError(f"there is no correction to guide: corrector_steps={scheduler.config.corrector_steps}")
         lowest = -math.inf
         if hasattr(pipeline, "do_classifier_free_guidance"):
             lowest = JUST_ABOVE_ONE

@@ -182,14 +182,22 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {config.prediction_type!r}")
         if config.time_shift_type not in TIME_SHIFT_TYPES:
             raise ValueError(f"time_shift_type must be one of {TIME_SHIFT_TYPES}, got {config.time_shift_type!r}")
-        if not config.shift > 0:
+        if not 0 < config.shift < np.inf:
             raise ValueError(f"shift must be positive, got {config.shift}")
+        if config.shift_terminal is not None and not 0 <= config.shift_terminal < 1:
+            raise ValueError(f"shift_terminal must lie in 0 .. 1, without 1, got {config.shift_terminal}")
+        if not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range}")
+        if not 0 < config.dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio must lie in 0 .. 1, got {config.dynamic_thresholding_ratio}")
 
         alphas, sigmas, self.betas = path_table(config)
         self._num_levels = len(alphas)
         for name in ("mean_squared_noise", "denoising_error"):
             if config.get(name) is not None and len(config[name]) != len(self):
                 raise ValueError(f"{name} needs one value per train timestep, {len(self)}, got {len(config[name])}")
+            if config.get(name) is not None and not np.isfinite(config[name]).all():
+                raise ValueError(f"{name} must be finite at each train timestep")
         # The data, (1, 0), is the row after the last, where Python's index -1 finds it.
         self._alphas = torch.cat([alphas, torch.ones(1, dtype=torch.float64)])
         self._sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
@@ -331,10 +339,10 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         timesteps = spaced_timesteps(spacing, N, T, self.config.steps_offset)
         return strictly_decreasing(timesteps.round().astype(np.int64), T)
 
-    def _extreme_ratios(self) -> tuple[float, float]:
+    def _extreme_ratios(self, needed_by: str | None = None) -> tuple[float, float]:
         """The largest and the smallest noise-to-signal ratio of the table, where there is signal."""
         if not self._is_flow:
-            needed_by = f"timestep_spacing={self.config.timestep_spacing!r}, which spaces log SNR,"
+            needed_by = needed_by or f"timestep_spacing={self.config.timestep_spacing!r}, which spaces log SNR,"
             self._check_terminal_snr(self._level(self._num_levels - 1), needed_by)
         alphas, sigmas = self._alphas[:-1], self._sigmas[:-1]
         has_signal = alphas > 0

@@ -13,7 +13,7 @@ Annealing. On pure noise (s = -x / sigma^2) and with delta = e sigma^2, K steps 
 
 and the move to the next level, which keeps the signal, multiplies it by (ratio_i / ratio_{i+1})^2 in units of the new
 sigma^2, ratio = sigma / alpha. The levels must be close and the steps many enough for V to stay near 1: Song & Ermon
-2020 choose them so that it does (their Prop. 4 is one level of this recursion, from V = 1).
+2020 choose them so that it does (their criterion is one level of this recursion, from V = 1).
 
 Sources: Song & Ermon 2020, "Improved Techniques for Training Score-Based Generative Models", arXiv:2006.09011;
 Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete approximations",
@@ -78,7 +78,7 @@ def warn_of_end_variance(levels: Sequence[Level], step_size: float, steps_per_le
     warnings.warn(
         f"{len(levels)} levels with {steps_per_level} Langevin steps of size {step_size / factor:.4g} end with "
         f"{variance:.3g} times the noise variance of the last level; {enough} of size {enough_step / factor:.3g} "
-        f"would stay below {LARGEST_END_VARIANCE}, and so would more levels",
+        f"would stay below {LARGEST_END_VARIANCE}",
         stacklevel=5,  # who called set_timesteps
     )
 

@@ -55,7 +55,8 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, sigma_min,
             sigma_max, prediction_type: The path and the network, as in `DDPMAncestralScheduler`.
-        steps_per_level: K, >= 1.
+        steps_per_level: K, >= 1. With the default step size the default is enough for 20 levels or more on any path;
+            NCSNv2's 5 steps of 0.062 are for its 232 evenly spaced ones.
         step_size: e, in 0 .. 1: the step size in units of the noise variance of each level.
         step_convention: "ncsnv2" or "ncsn": whether e counts the full step or half of it enters the drift.
         levels: "geometric" spaces the levels evenly in log sigma / alpha, from end to end of the path; "path" as
@@ -85,8 +86,8 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
-        steps_per_level: int = 5,  # ncsnv2, configs/cifar10.yml
-        step_size: float = 0.062,  # ncsnv2, configs/cifar10.yml: 6.2e-6 / 0.01^2
+        steps_per_level: int = 10,
+        step_size: float = 0.2,  # Song & Ermon 2019: 2e-5 / 0.01^2
         step_convention: str = "ncsnv2",
         levels: str = "geometric",
         denoise: bool = True,
@@ -126,7 +127,8 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
     def _spaced_timesteps(self, N: int, mu: float | None = None) -> np.ndarray:
         if self.config.levels == "path":
             return super()._spaced_timesteps(N, mu)
-        return self._timesteps_of_ratios(np.geomspace(*self._extreme_ratios(), self._checked_count(N)))
+        ends = self._extreme_ratios(needed_by="levels='geometric', unlike 'path',")
+        return self._timesteps_of_ratios(np.geomspace(*ends, self._checked_count(N)))
 
     def _visits(self, levels: list[Level]) -> list[Visit]:
         if self.num_inference_steps is not None:

@@ -172,7 +172,7 @@ class DDPMAncestralScheduler(ReverseVariance):
         mean = law.sample_weight * x_t + law.original_weight * x_0
 
         first = [self._level(timestep) for timestep in self.train_timesteps[1::-1]]
-        chain = first if previous_timesteps is None else [visit.here for visit in self._schedule]
+        chain = first if previous_timesteps is None else self._visited_levels()
         floor = torch.where(law.posterior_variance > 0, law.posterior_variance, self._variance_before_the_last(chain))
         kind = VARIANCE_TYPES[self.config.variance_type]
         if kind in ("optimal", "posterior"):

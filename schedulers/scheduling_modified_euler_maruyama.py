@@ -29,7 +29,7 @@ rule with its largest step next to the data; trained networks know neither.)
     R          step_ratio          ()       gamma_N / gamma_1
 
 Sources: Durham & Gallant 2002, "Numerical Techniques for Maximum Likelihood Estimation of Continuous-Time Diffusion
-Processes", J. Business & Economic Statistics 20, Eq. 19; De Bortoli, Thornton, Heng, Doucet 2021, "Diffusion
+Processes", J. Business & Economic Statistics 20; De Bortoli, Thornton, Heng, Doucet 2021, "Diffusion
 Schrödinger Bridge with Applications to Score-Based Generative Modeling", arXiv:2106.01357.
 """
 

@@ -147,7 +147,8 @@ class PredictorCorrectorScheduler(ReverseVariance):
         eta: Share of the ancestral noise in "ddim" and "secant", 0 .. 1. None is 0 for "ddim" and 1 for "secant".
         slopes_per: "sample" or "channel": what "secant" and the self-estimated variances measure as one. The second is
             for latents whose channels differ in scale.
-        solver_order: Order of "probability_flow", 1 or 2; 2 extrapolates, and wants levels that are even in log SNR.
+        solver_order: Order of "probability_flow", 1 or 2; 2 extrapolates, and wants levels that are even in log SNR,
+            as those of "karras" spacing nearly are: with "leading" ones the last extrapolation goes far astray.
         corrector: "langevin" or "leimkuhler_matthews".
         corrector_steps: M, >= 0.
         snr: r, in 0 .. sqrt(1/2): delta = 2 (r sigma)^2.
@@ -377,6 +378,12 @@ class PredictorCorrectorScheduler(ReverseVariance):
             return False
         here, there = self._schedule[due]
         return here == there or (self.config.predictor == "none" and there != DATA)
+
+    @property
+    def num_corrections(self) -> int:
+        """How many network calls of the schedule are for corrections."""
+        only_corrects = self.config.predictor == "none"
+        return sum(here == there or (only_corrects and there != DATA) for here, there in self._schedule)
 
     @property
     def _per_channel(self) -> bool:

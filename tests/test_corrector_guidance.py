@@ -24,7 +24,6 @@ NULL, CLASS = Gaussian(-0.5, variance=0.5), Gaussian(0.4, variance=0.1)
 LAYOUTS = [
     ({}, "P CP CP CP"),
     ({"corrector_steps": 2}, "P CCP CCP CCP"),
-    ({"corrector_steps": 0}, "P P P P"),
     ({"corrector_steps": 2, "corrector_range": (0.0, 0.6)}, "P PPP CCP CCP"),
     ({"layout": "full"}, "CP CP CP CP"),
     ({"predictor": "none", "corrector_steps": 2}, "CC CC CC CC P"),
@@ -220,6 +219,15 @@ def test_a_pipeline_of_diffusers_refuses_a_scale_below_one(theirs, predictor, co
 
 
 # ---- refused --------------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_without_corrections_is_refused(theirs):
+    pipeline, _ = theirs
+    pipeline.scheduler = latent_scheduler_of(pipeline, corrector_steps=0)
+    callback = CorrectorGuidanceCallback(2.0, 3.0)
+    x = torch.zeros(2, 4, SIDE, SIDE)
+    with pytest.raises(ValueError, match="no correction to guide: corrector_steps=0"):
+        sampled(pipeline, x, guidance_scale=callback.guidance_scale, callback_on_step_end=callback)
 
 
 def test_a_first_call_with_another_scale_is_refused(theirs):

@@ -327,7 +327,7 @@ def test_a_run_that_starts_in_the_middle_starts_with_the_first_step_on_its_level
 
 
 def test_the_signal_is_kept_only_in_the_last_step_on_a_level():
-    scheduler, x = build(3, steps_per_level=2), torch.zeros(2, dtype=torch.float64)
+    scheduler, x = build(3, steps_per_level=2, step_size=0.062), torch.zeros(2, dtype=torch.float64)
     alphas = [point(scheduler, t)[0] for t in scheduler.timesteps.tolist()]
     for i, t in enumerate(scheduler.timesteps[:-1]):
         sigma, z = point(scheduler, t)[1], draw(2, seed=1)
@@ -441,8 +441,16 @@ def test_the_settings_of_the_papers_do_not_warn():
 
 
 def test_explicit_levels_are_warned_of_too():
-    with pytest.warns(UserWarning, match="2 levels with 5 Langevin steps of size 0.062 end with"):
+    with pytest.warns(UserWarning, match="2 levels with 10 Langevin steps of size 0.2 end with"):
         build().set_timesteps(timesteps=[999, 0])
+
+
+@pytest.mark.parametrize("path", [*PATHS, FLOW_FROM_NOISE])
+@pytest.mark.parametrize("levels", [20, 50, 300])
+def test_the_defaults_are_enough_for_twenty_levels_or_more(levels, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AnnealedLangevinScheduler(**path).set_timesteps(levels)
 
 
 # ---- what a step keeps ----------------------------------------------------------------------------------------------
@@ -596,8 +604,8 @@ def test_the_largest_steps_that_cannot_diverge_are_accepted():
         ({"model_output": ()}, r"got \(\)"),
         ({"model_output": (2, 2, 3)}, r"got \(2, 2, 3\)"),
         ({"generator": [seeded(0)] * 3}, "one per sample, 2, got 3"),
-        ({"timestep": 998}, "timestep 998 is not one of the 26 "),
-        ({"timestep": -1}, "timestep -1 is not one of the 26 "),
+        ({"timestep": 998}, "timestep 998 is not one of the 51 "),
+        ({"timestep": -1}, "timestep -1 is not one of the 51 "),
     ],
 )
 def test_arguments_of_a_step_that_do_not_fit_are_refused(arguments, message):
