@@ -139,8 +139,9 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         """As in Diffusers, for configs that leave to their class what ours need to be told.
 
         A config without `clip_sample` is of a scheduler that never clips. One with a `shift` and no `prediction_type`
-        is of a flow-matching scheduler; multistep solvers call the shift `flow_shift`. What is read off a config like
-        this is not passed on to the next scheduler as if the config had said it, so the way back is lossless.
+        is of a flow-matching scheduler; multistep solvers call the shift `flow_shift`, and "karras" spacing
+        `use_karras_sigmas`. What is read off a config like this is not passed on to the next scheduler as if the config
+        had said it, so the way back is lossless.
         """
         if not isinstance(config, Mapping):
             return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -637,8 +638,10 @@ def _meant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "prediction_type": config.get("prediction_type", "flow_prediction" if "shift" in config else "epsilon"),
         "shift": config.get("shift", config.get("flow_shift", 1.0)),
     }
-    if config.get("use_flow_sigmas"):  # multistep solvers then space evenly to the data; with a `shift` it is ours
-        meant["timestep_spacing"] = config.get("timestep_spacing", "trailing") if "shift" in config else "trailing"
+    # multistep solvers say their spacing so, or space a flow evenly to the data
+    spacing = "karras" if config.get("use_karras_sigmas") else "trailing" if config.get("use_flow_sigmas") else None
+    if spacing is not None:  # with a `shift` the config is ours
+        meant["timestep_spacing"] = config.get("timestep_spacing", spacing) if "shift" in config else spacing
     return meant
 
 

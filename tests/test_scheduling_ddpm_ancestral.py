@@ -24,6 +24,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
@@ -1357,6 +1358,17 @@ OURS = [
     lambda: ModifiedEulerMaruyamaScheduler(step_schedule="cosine", step_ratio=50.0),
     lambda: PredictorCorrectorScheduler(predictor="ddim", snr=0.2, corrector_range=(0.1, 0.9)),
 ]
+
+
+@pytest.mark.parametrize("theirs", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_karras_levels_stay_karras_levels_and_the_way_back_is_lossless(theirs):
+    before = theirs(use_karras_sigmas=True)
+    ours = DDPMAncestralScheduler.from_config(before.config)
+    again = PredictorCorrectorScheduler.from_config(ours.config)
+    assert ours.config.timestep_spacing == again.config.timestep_spacing == "karras"
+    assert settings(theirs.from_config(again.config)) == settings(before)
+    chosen = DDPMAncestralScheduler.from_config(before.config, timestep_spacing="trailing")
+    assert chosen.config.timestep_spacing == "trailing"
 
 
 @pytest.mark.parametrize("first", OURS)
