@@ -140,8 +140,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
 
         A config without `clip_sample` is of a scheduler that never clips. One with a `shift` and no `prediction_type`
         is of a flow-matching scheduler; multistep solvers call the shift `flow_shift`, and "karras" spacing
-        `use_karras_sigmas`. What is read off a config like this is not passed on to the next scheduler as if the config
-        had said it, so the way back is lossless.
+        `use_karras_sigmas`. What is read off a config like this is not passed on to the next scheduler as if the
+        config had said it, so the way back is lossless.
         """
         if not isinstance(config, Mapping):
             return super().from_config(config, return_unused_kwargs, **kwargs)
