@@ -79,7 +79,7 @@ def measure_all(target: Target, match: str, records: list[dict[str, Any]]) -> No
 # ---- one measurement ------------------------------------------------------------------------------------------------
 
 
-def measured(target: Target, candidate: Candidate, spacing: str, budget: int) -> dict[str, Any]:
+def measured(target: Target, candidate: Candidate, spacing: str, budget: int, seed: int = SEED) -> dict[str, Any]:
     """A record: who, how, and either the numbers or what went wrong."""
     record = {
         "target": target.name,
@@ -92,7 +92,7 @@ def measured(target: Target, candidate: Candidate, spacing: str, budget: int) ->
         "budget": budget,
     }
     try:
-        x, calls = sampled(target, candidate, spacing, budget)
+        x, calls = sampled(target, candidate, spacing, budget, seed)
     except Exception as error:  # one that cannot run on this path is a result, and the others go on
         return record | {"failed": f"{type(error).__name__}: {error}"}
     if not x.isfinite().all():
@@ -100,7 +100,7 @@ def measured(target: Target, candidate: Candidate, spacing: str, budget: int) ->
     return record | {"calls": calls} | target.measure(x)
 
 
-def sampled(target: Target, candidate: Candidate, spacing: str, budget: int) -> tuple[torch.Tensor, int]:
+def sampled(target: Target, candidate: Candidate, spacing: str, budget: int, seed: int) -> tuple[torch.Tensor, int]:
     """Samples (n, D), and how many network calls they took."""
     scheduler = candidate.build(PATH, spacing)
     if scheduler.config.get("variance_type") == "optimal":
@@ -110,7 +110,7 @@ def sampled(target: Target, candidate: Candidate, spacing: str, budget: int) -> 
         raise ValueError(f"no schedule fits {budget} calls")
 
     network = ExactNetwork(target)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     accepted = inspect.signature(scheduler.step).parameters
     options = {"generator": generator, **candidate.step_options} if "generator" in accepted else candidate.step_options
     on_the_line = target.dimension == 1
@@ -118,7 +118,7 @@ def sampled(target: Target, candidate: Candidate, spacing: str, budget: int) -> 
         x = torch.from_numpy(ndtri(midpoints(target.samples)))[:, None]
     else:
         x = torch.randn(target.samples, target.dimension, generator=generator, dtype=torch.float64)
-    noise = OrderedNoise(SEED)
+    noise = OrderedNoise(seed)
     x = x * scheduler.init_noise_sigma
     with noise.in_schedulers() if on_the_line else nullcontext():
         for t in scheduler.timesteps:

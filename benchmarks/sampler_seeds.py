@@ -63,11 +63,8 @@ def main() -> None:
 
 
 def over_seeds(target, candidate, spacing: str, budget: int) -> list[float]:
-    errors = []
-    for seed in SEEDS if candidate.stochastic else SEEDS[:1]:
-        sampler_quality.SEED = seed
-        errors.append(sampler_quality.measured(target, candidate, spacing, budget)["error"])
-    return errors
+    seeds = SEEDS if candidate.stochastic else SEEDS[:1]
+    return [sampler_quality.measured(target, candidate, spacing, budget, seed)["error"] for seed in seeds]
 
 
 if __name__ == "__main__":

@@ -103,12 +103,21 @@ class Transition(NamedTuple):
     posterior_variance: float | torch.Tensor
     forward_variance: float | torch.Tensor  # v, the variance of q(x_t | x_s)
 
+    def mean(self, x_t: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+        """E[x_s | x_t, x_0], (B, *)."""
+        return self.sample_weight * x_t + self.original_weight * x_0
+
 
 def transition(alpha_t: Coefficient, sigma_t: Coefficient, alpha_s: Coefficient, sigma_s: Coefficient) -> Transition:
     """The Gaussian law between two levels s < t, from floats or from tensors that broadcast (Kingma et al. 2021)."""
     a = alpha_t / alpha_s
     v = sigma_t**2 - a**2 * sigma_s**2
     return Transition(a * sigma_s**2 / sigma_t**2, alpha_s * v / sigma_t**2, v * sigma_s**2 / sigma_t**2, v)
+
+
+def noise_ratio(start: Level, end: Level) -> float:
+    """(sigma / alpha at the end) / (sigma / alpha at the start), and 0 if the start has no signal."""
+    return (end.sigma * start.alpha) / (end.alpha * start.sigma)
 
 
 class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
@@ -345,17 +354,19 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if not self._is_flow:
             needed_by = needed_by or f"timestep_spacing={self.config.timestep_spacing!r}, which spaces log SNR,"
             self._check_terminal_snr(self._level(self._num_levels - 1), needed_by)
-        alphas, sigmas = self._alphas[:-1], self._sigmas[:-1]
-        has_signal = alphas > 0
-        ratios = sigmas[has_signal] / alphas[has_signal]
-        return ratios[-1].item(), ratios[0].item()
+        ratios = self._ratios()
+        return float(ratios[-1]), float(ratios[0])
+
+    def _ratios(self) -> np.ndarray:
+        """The noise-to-signal ratios of the table, increasing, of the levels that have signal."""
+        has_signal = self._alphas[:-1] > 0
+        return (self._sigmas[:-1][has_signal] / self._alphas[:-1][has_signal]).numpy()
 
     def _timesteps_of_ratios(self, wanted: np.ndarray) -> np.ndarray:
         """The train timesteps whose noise-to-signal ratios are nearest, in the logarithm; exact on a flow path."""
         if self._is_flow:
             return wanted / (1 + wanted) * self._num_levels
-        has_signal = (self._alphas[:-1] > 0).numpy()
-        ratios = (self._sigmas[:-1] / self._alphas[:-1]).numpy()[has_signal]  # increasing
+        ratios = self._ratios()
         nearest = np.interp(np.log(wanted), np.log(ratios), np.arange(len(ratios)))
         return strictly_decreasing(nearest.round().astype(np.int64), self._num_levels)
 
@@ -516,7 +527,7 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             The mean, (B, *), and the variance, (B, 1, ..).
         """
         law = self._transition(sample, timesteps, previous_timesteps)
-        return law.sample_weight * sample + law.original_weight * original_samples, law.posterior_variance
+        return law.mean(sample, original_samples), law.posterior_variance
 
     def _transition(
         self, sample: torch.Tensor, timesteps: torch.Tensor, previous_timesteps: torch.Tensor | None

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from annealers.schedulers.gaussian_path import Level
+from annealers.schedulers.gaussian_path import DATA, Level, Visit
 
 LARGEST_END_VARIANCE = 1.2
 
@@ -44,6 +44,14 @@ def signal_kept(here: Level, there: Level) -> float:
     Without signal (alpha = 0) the state is noise alone, and what is there to keep is that it is.
     """
     return there.alpha / here.alpha if here.alpha > 0 else there.sigma / here.sigma
+
+
+def langevin_visits(levels: Sequence[Level], steps_per_level: int, denoise: bool) -> list[Visit]:
+    """The network calls of K Langevin steps on each level, the last of which moves on, and of a closing denoising."""
+    visits = []
+    for here, there in zip(levels, [*levels[1:], levels[-1] if denoise else DATA], strict=True):
+        visits += [Visit(here, here)] * (steps_per_level - 1) + [Visit(here, there)]
+    return [*visits, Visit(levels[-1], DATA)] if denoise else visits
 
 
 def end_variance(levels: Sequence[Level], step_size: float, steps_per_level: int) -> float:

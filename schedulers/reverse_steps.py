@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 
-from annealers.schedulers.gaussian_path import Level, transition
+from annealers.schedulers.gaussian_path import Level, noise_ratio, transition
 
 
 class ReverseStep(NamedTuple):
@@ -50,7 +50,7 @@ class ReverseStep(NamedTuple):
 def ddpm(x_t: torch.Tensor, x_0: torch.Tensor, t: Level, s: Level) -> ReverseStep:
     """The posterior q(x_s | x_t, x̂_0); its mean is the exact E[x_s | x_t] for any data if x̂_0 = E[x_0 | x_t]."""
     law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
-    return ReverseStep(law.sample_weight * x_t + law.original_weight * x_0, law.posterior_variance)
+    return ReverseStep(law.mean(x_t, x_0), law.posterior_variance)
 
 
 def ddim(eps: torch.Tensor, x_0: torch.Tensor, t: Level, s: Level, eta: float) -> ReverseStep:
@@ -119,8 +119,8 @@ def probability_flow(
     is of second order where a past x̂_0' is known and of first order, `ddim`, without one, as in the step to the data
     (Lu et al. 2022, arXiv:2211.01095, Algorithm 2).
     """
-    decay = (s.sigma * t.alpha) / (t.sigma * s.alpha)  # e^{-h}
+    decay = noise_ratio(t, s)  # e^{-h}
     if past is not None and s.sigma > 0 and past.alpha > 0:
-        h, past_h = -math.log(decay), math.log((past.sigma * t.alpha) / (t.sigma * past.alpha))
+        h, past_h = -math.log(decay), -math.log(noise_ratio(past, t))
         x_0 = x_0 + h / (2 * past_h) * (x_0 - past_x_0)
     return s.sigma / t.sigma * x_t + s.alpha * (1 - decay) * x_0

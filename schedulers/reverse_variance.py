@@ -57,7 +57,7 @@ TWO_HEADED = ("learned", "learned_range", "posterior")  # the second half of the
 class ReverseVariance(GaussianPathScheduler):
     """The variance of a step t -> s as `config.variance_type` says, for ancestral schedulers to inherit."""
 
-    _calibration: tuple[list[float] | None, np.ndarray] | None = None
+    _calibration: tuple[list[float], np.ndarray] | None = None
 
     # ---- the variance of a step -------------------------------------------------------------------------------------
 
@@ -167,22 +167,18 @@ class ReverseVariance(GaussianPathScheduler):
     def _calibrated_data_variance(self) -> np.ndarray:
         """The variance S below, made once of the statistic in the config, which a pipeline may replace."""
         statistic = self.config.mean_squared_noise
+        if statistic is None:
+            raise ValueError("variance_type='optimal' needs a measured E||eps-hat||^2: call calibrate_variance first")
         if self._calibration is None or self._calibration[0] is not statistic:
-            self._calibration = (statistic, self._data_variance())
+            self._calibration = (statistic, self._data_variance(self.train_timesteps, statistic))
         return self._calibration[1]
 
-    def _data_variance(
-        self, timesteps: Sequence[int] | None = None, mean_squared_noise: Sequence[float] | None = None
-    ) -> np.ndarray:
+    def _data_variance(self, timesteps: Sequence[int] | np.ndarray, mean_squared_noise: Sequence[float]) -> np.ndarray:
         """The variance S of isotropic Gaussian data with this E||eps-hat||^2 / d = sigma^2 / (alpha^2 S + sigma^2).
 
         Other data have another S on each level, but one that varies little from level to level, unlike the statistic.
         So S is what is interpolated, and what goes on unchanged to where there is no signal to measure it by.
         """
-        if mean_squared_noise is None:
-            timesteps, mean_squared_noise = self.train_timesteps, self.config.mean_squared_noise
-        if mean_squared_noise is None:
-            raise ValueError("variance_type='optimal' needs a measured E||eps-hat||^2: call calibrate_variance first")
         rows = np.asarray(timesteps) - int(self._is_flow)
         alphas, sigmas = self._alphas.numpy()[rows], self._sigmas.numpy()[rows]
         statistic = np.clip(mean_squared_noise, 1e-12, 1.0)
@@ -201,7 +197,7 @@ class ReverseVariance(GaussianPathScheduler):
         if variance_values is not None:
             ratio = torch.where(alpha > 0, sigma / alpha, 0.0)
             return (law.original_weight * ratio) ** 2 * variance_values.clamp(min=0)
-        data_variance = torch.tensor(self._data_variance(), dtype=sample.dtype, device=sample.device)
+        data_variance = torch.tensor(self._calibrated_data_variance(), dtype=sample.dtype, device=sample.device)
         rows = torch.as_tensor(timesteps, device=sample.device).to(sample.dtype) - int(self._is_flow)
         rows = rows.clamp(0, len(self) - 1).reshape(-1)
         below = rows.floor().long()

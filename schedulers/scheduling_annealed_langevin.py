@@ -41,7 +41,7 @@ from annealers.schedulers.gaussian_path import (
     standard_normal,
     working_dtype,
 )
-from annealers.schedulers.langevin import langevin_step, signal_kept, warn_of_end_variance
+from annealers.schedulers.langevin import langevin_step, langevin_visits, signal_kept, warn_of_end_variance
 
 STEP_CONVENTIONS = {"ncsnv2": 1.0, "ncsn": 0.5}  # delta / a_i, the step of x + delta s + sqrt(2 delta) z
 LEVELS = ("geometric", "path")
@@ -134,13 +134,7 @@ class AnnealedLangevinScheduler(GaussianPathScheduler):
         if self.num_inference_steps is not None:
             factor = STEP_CONVENTIONS[self.config.step_convention]
             warn_of_end_variance(levels, self._relative_step_size, self.config.steps_per_level, factor)
-        calls = []
-        for here, there in zip(levels, [*levels[1:], DATA], strict=True):
-            calls += [Visit(here, here)] * (self.config.steps_per_level - 1) + [Visit(here, there)]
-        if self.config.denoise:
-            calls[-1] = Visit(levels[-1], levels[-1])
-            calls.append(Visit(levels[-1], DATA))
-        return calls
+        return langevin_visits(levels, self.config.steps_per_level, self.config.denoise)
 
     @property
     def _relative_step_size(self) -> float:

@@ -133,7 +133,7 @@ class DDPMAncestralScheduler(ReverseVariance):
         prediction, variance_values = self._split(model_output.to(dtype), sample)
         x_0 = self._restrict(self._original_sample(prediction, x_t, t.alpha, t.sigma))
 
-        x_s = law.sample_weight * x_t + law.original_weight * x_0
+        x_s = law.mean(x_t, x_0)
         if s.sigma > 0 or self.config.last_step_noise:
             noise = standard_normal(sample, generator, dtype)
             x_s = x_s + self._standard_deviation(t, s, law, variance_values) * noise
@@ -169,7 +169,7 @@ class DDPMAncestralScheduler(ReverseVariance):
         prediction, variance_values = self._split(model_output.to(dtype), sample)
         x_0 = self.original_sample(prediction, x_t, timesteps)
         law = self._transition(x_t, timesteps, previous_timesteps)
-        mean = law.sample_weight * x_t + law.original_weight * x_0
+        mean = law.mean(x_t, x_0)
 
         first = [self._level(timestep) for timestep in self.train_timesteps[1::-1]]
         chain = first if previous_timesteps is None else self._visited_levels()

@@ -57,11 +57,12 @@ from annealers.schedulers.gaussian_path import (
     GaussianPathSchedulerOutput,
     Level,
     Visit,
+    noise_ratio,
     standard_normal,
     transition,
     working_dtype,
 )
-from annealers.schedulers.langevin import langevin_step, signal_kept, warn_of_end_variance
+from annealers.schedulers.langevin import langevin_step, langevin_visits, signal_kept, warn_of_end_variance
 from annealers.schedulers.path_tables import strictly_decreasing
 from annealers.schedulers.reverse_steps import (
     ddim,
@@ -77,7 +78,6 @@ from annealers.schedulers.secant import (
     contraction,
     measured_slopes,
     missing_variance,
-    noise_ratio,
     secant_coefficient,
 )
 from annealers.schedulers.self_estimated_variance import SELF_ESTIMATED, spread_of_original
@@ -257,7 +257,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         if self.config.predictor == "none":
             if self.num_inference_steps is not None and self.config.step_size_rule == "sigma" and self.config.snr > 0:
                 warn_of_end_variance(levels, 2 * self.config.snr**2, self.config.corrector_steps)
-            return self._corrections_only(levels)
+            return langevin_visits(levels, self.config.corrector_steps, denoise=True)
         stops: list[tuple[Level, int]] = []  # a level, and the corrections on it
         corrected = [self._is_corrected(level) for level in levels]
         for i, level in enumerate(levels):
@@ -275,12 +275,6 @@ class PredictorCorrectorScheduler(ReverseVariance):
         for (here, corrections), (there, _) in zip(stops, [*stops[1:], (DATA, 0)], strict=True):
             visits += [Visit(here, here)] * corrections + [Visit(here, there)]
         return visits
-
-    def _corrections_only(self, levels: list[Level]) -> list[Visit]:
-        visits = []
-        for here, there in zip(levels, [*levels[1:], levels[-1]], strict=True):
-            visits += [Visit(here, here)] * (self.config.corrector_steps - 1) + [Visit(here, there)]
-        return [*visits, Visit(levels[-1], DATA)]
 
     def _is_corrected(self, level: Level) -> bool:
         if self.config.corrector_range is None:
@@ -345,7 +339,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         """
         self._check_ready()
         position = self._position(timestep)
-        here, there = self._schedule[position]
+        visit = here, there = self._schedule[position]
         if position != self._step_index:  # a run begins here: nothing is remembered of another
             self._forget()
 
@@ -354,17 +348,14 @@ class PredictorCorrectorScheduler(ReverseVariance):
         prediction, variance_values = self._split(model_output.to(dtype), sample)
         eps, x_0 = self._noise_and_original(prediction, x, here)
         call = Evaluation(x, eps, x_0, variance_values, generator)
-        if there == here:
+        if self._is_correction(visit):
             x = self._correct(call, position)
-        elif self.config.predictor != "none":
-            x = self._predict(call, here, there)
-        elif there == DATA:
+            if there != here:
+                x = self._moved(x, signal_kept(here, there))
+        elif self.config.predictor == "none":
             x = x_0
         else:
-            x = self._correct(call, position) * signal_kept(here, there)
-            if self._contained is not None:
-                z, scale = self._contained
-                self._contained = ContainedNoise(z, scale * signal_kept(here, there))
+            x = self._predict(call, here, there)
 
         self._step_index = position + 1
         x, x_0 = x.to(sample.dtype), x_0.to(sample.dtype)
@@ -374,16 +365,16 @@ class PredictorCorrectorScheduler(ReverseVariance):
     def is_correction_due(self) -> bool:
         """Whether the network call that comes next is for a correction; a pipeline's callback may ask."""
         due = (self._begin_index or 0) if self._step_index is None else self._step_index
-        if due >= len(self._schedule):
-            return False
-        here, there = self._schedule[due]
-        return here == there or (self.config.predictor == "none" and there != DATA)
+        return due < len(self._schedule) and self._is_correction(self._schedule[due])
 
     @property
     def num_corrections(self) -> int:
         """How many network calls of the schedule are for corrections."""
-        only_corrects = self.config.predictor == "none"
-        return sum(here == there or (only_corrects and there != DATA) for here, there in self._schedule)
+        return sum(self._is_correction(visit) for visit in self._schedule)
+
+    def _is_correction(self, visit: Visit) -> bool:
+        """A correction stays on its level, but for the last on a level that nothing predicts from."""
+        return visit.here == visit.there or (self.config.predictor == "none" and visit.there != DATA)
 
     @property
     def _per_channel(self) -> bool:
@@ -411,10 +402,10 @@ class PredictorCorrectorScheduler(ReverseVariance):
         predictor, is_last = self.config.predictor, s.sigma == 0
         x, eps, x_0 = call.x, call.eps, call.x_0
         if predictor == "ddpm":
-            mean = ddpm(x, x_0, t, s).mean
+            law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
+            mean = law.mean(x, x_0)
             if is_last and not self.config.last_step_noise:
                 return mean, 0.0
-            law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
             return mean, self._standard_deviation(t, s, law, call.variance_values)
         if predictor == "probability_flow":
             past = self._last_prediction if self.config.solver_order == 2 else None
@@ -455,7 +446,7 @@ class PredictorCorrectorScheduler(ReverseVariance):
         """The ancestral step with the covariance that the last two calls measured, see `self_estimated_variance`."""
         x, x_0 = call.x, call.x_0
         law = transition(t.alpha, t.sigma, s.alpha, s.sigma)
-        mean = law.sample_weight * x + law.original_weight * x_0
+        mean = law.mean(x, x_0)
         x_s, variance, past = mean, law.posterior_variance, self._innovation
         if past is not None and (s.sigma > 0 or self.config.last_step_noise):
             is_isotropic = self.config.variance_type == "self_estimated_isotropic"
@@ -500,6 +491,13 @@ class PredictorCorrectorScheduler(ReverseVariance):
             deviation, moved = (2 * step_size) ** 0.5 / level.alpha, variance / level.alpha**2
             self._innovation = Innovation(level, level, call.x_0, x / level.alpha, 0.0, noise, deviation, moved)
         return langevin_step(x, call.eps, level.sigma, step_size, noise)
+
+    def _moved(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """A state on the next level, with the noise that it is known to contain."""
+        if self._contained is not None:
+            z, scale = self._contained
+            self._contained = ContainedNoise(z, scale * factor)
+        return x * factor
 
     def _step_size(self, eps: torch.Tensor, z: torch.Tensor, position: int) -> float | torch.Tensor:
         """delta, () or (B, 1, ..); at most sigma^2 but for "batch_norm", and finite where the score is zero."""

@@ -64,7 +64,7 @@ from typing import NamedTuple
 
 import torch
 
-from annealers.schedulers.gaussian_path import Level
+from annealers.schedulers.gaussian_path import Level, noise_ratio
 
 NARROW = 1e-6  # slopes are kept this far from 0 and 1, where the formulas divide by them
 
@@ -118,11 +118,6 @@ def contraction(here: Level, there: Level, eta: float) -> tuple[float, float]:
     end = there.sigma / there.alpha
     variance = eta**2 * end**2 * (1 - ratio**2)
     return math.sqrt(max(end**2 - variance, 0.0)) * (here.alpha / here.sigma), variance
-
-
-def noise_ratio(start: Level, end: Level) -> float:
-    """s' / s, and 0 if the start has no signal."""
-    return (end.sigma * start.alpha) / (end.alpha * start.sigma)
 
 
 def moments(

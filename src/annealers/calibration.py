@@ -243,8 +243,8 @@ def posterior_variance(
             16 along u, for networks with an operation that has no forward derivative. Not for half precision.
 
     Returns:
-        The estimate, (B, *), in the working precision. The exact values are not
-            negative, and above 1 only between modes; of estimates this holds on average.
+        The estimate, (B, *), in the working precision. The exact values are not negative, and above 1 only between
+        modes; of estimates this holds on average.
 
     Raises:
         ValueError: If `probes` is not positive, the method is unknown or the output has not the shape of the sample.
