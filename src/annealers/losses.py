@@ -19,6 +19,7 @@ via Min-SNR Weighting Strategy", arXiv:2303.09556.
 import math
 from typing import Protocol
 
+import numpy as np
 import torch
 
 
@@ -27,14 +28,25 @@ class ReverseChain(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def train_timesteps(self) -> np.ndarray: ...
+
     def signal_and_noise(self, timesteps: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def posterior(
-        self, original_samples: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+        self,
+        original_samples: torch.Tensor,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        previous_timesteps: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def reverse_law(
-        self, model_output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+        self,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        previous_timesteps: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
@@ -139,32 +151,38 @@ def variational_bound_term(
     original_samples: torch.Tensor,
     sample: torch.Tensor,
     timesteps: torch.Tensor,
+    previous_timesteps: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """L_{t-1}, or L_0 at t = 0, in bits per dimension.
+    """The divergence of a step t -> s, or of a step to the data its negative log-likelihood, in bits per dimension.
 
     Args:
-        scheduler: Of the training chain.
+        scheduler: Of the training chain or, with `previous_timesteps`, with its schedule set.
         model_output: Output of the network at (`sample`, `timesteps`), (B, *) or with learned variance (B, 2C, *).
         original_samples: x_0, 8-bit images scaled to [-1, 1], (B, *).
         sample: x_t, (B, *).
         timesteps: t, (B,).
+        previous_timesteps: s, (B,); None for t - 1. The data is the number before the first train timestep.
 
     Returns:
         One term per sample, (B,).
     """
-    mean, log_variance, _ = scheduler.reverse_law(model_output, sample, timesteps)
-    true_mean, true_variance = scheduler.posterior(original_samples, sample, timesteps)
-    # At t = 0 the posterior is a point: the divergence is infinite there, with a finite gradient, and not used.
+    s = timesteps - 1 if previous_timesteps is None else previous_timesteps
+    mean, log_variance, _ = scheduler.reverse_law(model_output, sample, timesteps, previous_timesteps)
+    true_mean, true_variance = scheduler.posterior(original_samples, sample, timesteps, s)
+    # To the data the posterior is a point: the divergence is infinite there, with a finite gradient, and not used.
     divergence = mean_flat(normal_kl(true_mean, true_variance.log(), mean, log_variance))
     decoder = -mean_flat(discretized_gaussian_log_likelihood(original_samples, mean, 0.5 * log_variance))
-    return torch.where(timesteps == 0, decoder, divergence) / math.log(2)
+    to_the_data = s < int(scheduler.train_timesteps[0])
+    return torch.where(to_the_data, decoder, divergence) / math.log(2)
 
 
-def prior_bound_term(scheduler: ReverseChain, original_samples: torch.Tensor) -> torch.Tensor:
-    """L_T in bits per dimension: what the last level still tells of x_0, (B, *) -> (B,)."""
+def prior_bound_term(
+    scheduler: ReverseChain, original_samples: torch.Tensor, timestep: int | float | None = None
+) -> torch.Tensor:
+    """L_T in bits per dimension: what the last level, or that of a timestep, tells of x_0, (B, *) -> (B,)."""
     x_0 = _at_least_float32(original_samples)
-    last = torch.tensor(len(scheduler) - 1, device=x_0.device)
-    alpha, sigma = scheduler.signal_and_noise(last, dtype=x_0.dtype)
+    last = scheduler.train_timesteps[-1].item() if timestep is None else timestep
+    alpha, sigma = scheduler.signal_and_noise(torch.tensor(last, device=x_0.device), dtype=x_0.dtype)
     zero = torch.zeros_like(sigma)
     return mean_flat(normal_kl(alpha * x_0, 2 * sigma.log(), zero, zero)) / math.log(2)
 
