@@ -33,6 +33,7 @@ Ho 2021, "Variational Diffusion Models", arXiv:2107.00630; Lipman, Chen, Ben-Ham
 Generative Modeling", arXiv:2210.02747.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -174,6 +175,12 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if after != before:  # a config that was loaded has no such list, and gets none
             self.register_to_config(_use_default_values=sorted(after))
 
+    def _chosen_by_position(self) -> list[str]:
+        """Settings that Diffusers takes for defaults, because the constructor was given them without their names."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        listed = self.config.get("_use_default_values", [])
+        return [name for name in listed if np.any(self.config[name] != parameters[name].default)]
+
     @property
     def _is_flow(self) -> bool:
         return self.config.prediction_type == "flow_prediction"
@@ -216,7 +223,8 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = (alphas**2).float()
         self.alphas = 1 - self.betas
 
-        self._mark_as_default(MEANT_BY_ABSENCE, marked=False)  # so that no other class drops what ours would misread
+        # so that no other class drops what ours would misread, or what was chosen, but not by its name
+        self._mark_as_default([*MEANT_BY_ABSENCE, *self._chosen_by_position()], marked=False)
         self.num_inference_steps: int | None = None
         self._set_schedule(self.train_timesteps[::-1], device=None)
 

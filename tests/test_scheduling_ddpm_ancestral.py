@@ -1569,3 +1569,11 @@ def test_the_example_of_the_docstring_runs():
     [example] = doctest.DocTestFinder().find(DDPMAncestralScheduler, "DDPMAncestralScheduler", module=False)[:1]
     assert example.examples
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_settings_given_without_their_names_are_passed_on_too():
+    scheduler = DDPMAncestralScheduler(2, 0.001, 0.02, "linear", np.array([0.1, 0.2]))
+    for other in (DDIMScheduler, DDPMAncestralScheduler):
+        config = other.from_config(scheduler.config).config
+        assert (config.num_train_timesteps, config.beta_start) == (2, 0.001)
+        assert np.array_equal(config.trained_betas, [0.1, 0.2])
