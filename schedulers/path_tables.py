@@ -3,7 +3,12 @@ r"""Ways to fill the table (alpha_t, sigma_t) of a Gaussian path, and to space t
     beta schedules      alpha_t^2 = prod_{i <= t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2    Ho et al. 2020, Eq. 4
     geometric ladder    s_t = sigma_min (sigma_max / sigma_min)^(t / (T - 1)),               Song & Ermon 2019, Sec. 3
                         alpha_t = 1 / sqrt(1 + s_t^2), sigma_t = s_t / sqrt(1 + s_t^2)
+    sub-VP              a_t = exp(-B_t / 2), s_t = 1 - exp(-B_t), B_t = int beta,            Song et al. 2021, Eq. 29
+                        alpha_t = a_t / sqrt(a_t^2 + s_t^2), sigma_t = s_t / sqrt(a_t^2 + s_t^2)
     flow                alpha_t = 1 - t / T, sigma_t = t / T                                 Lipman et al. 2022, Eq. 22
+
+The sub-VP process has less noise than the variance-preserving one of the same B, s_t = 1 - a_t^2 where that has
+sqrt(1 - a_t^2), so its variance is a_t^2 + s_t^2 < 1; like the ladder, it is kept in the coordinates where it is 1.
 
 The levels of a flow path are continuous. They are spaced evenly in sigma and then shifted towards the noise, because a
 larger image keeps its content at more noise (Esser et al. 2024, Eq. 23),
@@ -13,7 +18,9 @@ larger image keeps its content at more noise (Esser et al. 2024, Eq. 23),
 or, "dynamically", with shift = exp(mu) or mu, which the pipeline computes from the size of the image.
 
 Sources: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; Song & Ermon 2019,
-"Generative Modeling by Estimating Gradients of the Data Distribution", arXiv:1907.05600; Lipman, Chen, Ben-Hamu,
+"Generative Modeling by Estimating Gradients of the Data Distribution", arXiv:1907.05600; Song, Sohl-Dickstein,
+Kingma, Kumar, Ermon, Poole 2021, "Score-Based Generative Modeling through Stochastic Differential Equations",
+arXiv:2011.13456; Lipman, Chen, Ben-Hamu,
 Nickel, Le 2022, "Flow Matching for Generative Modeling", arXiv:2210.02747; Esser et al. 2024, "Scaling Rectified Flow
 Transformers for High-Resolution Image Synthesis", arXiv:2403.03206; Karras, Aittala, Aila, Laine 2022, "Elucidating
 the Design Space of Diffusion-Based Generative Models", arXiv:2206.00364; Lin, Liu, Li, Yang 2023, "Common Diffusion
@@ -26,7 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "geometric")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "geometric", "sub_vp")
+TABLES_OF_LEVELS = ("geometric", "sub_vp")  # given as signal and noise, not as products of 1 - beta
 TIME_SHIFT_TYPES = ("exponential", "linear")
 KARRAS_RHO = 7.0  # Karras et al. 2022, Table 1
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, arXiv:2102.09672, Sec. 3.2
@@ -44,12 +52,16 @@ def path_table(config: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return 1 - sigmas, sigmas, one_step_betas((1 - sigmas) ** 2 / ((1 - sigmas) ** 2 + sigmas**2))
     if config.trained_betas is None and schedule not in BETA_SCHEDULES:
         raise ValueError(f"beta_schedule must be one of {BETA_SCHEDULES}, got {schedule!r}")
-    if config.trained_betas is None and schedule == "geometric":
+    if config.trained_betas is None and schedule in TABLES_OF_LEVELS:
         if config.rescale_betas_zero_snr:
+            end = "sigma_max" if schedule == "geometric" else "beta_end"
             raise ValueError(
-                "rescale_betas_zero_snr is for beta schedules; a geometric ladder ends where sigma_max says"
+                f"rescale_betas_zero_snr is for products of betas; a {schedule} path ends where {end} says"
             )
-        alphas, sigmas = geometric_ladder(config.sigma_min, config.sigma_max, T)
+        if schedule == "geometric":
+            alphas, sigmas = geometric_ladder(config.sigma_min, config.sigma_max, T)
+        else:
+            alphas, sigmas = sub_vp_table(config.beta_start, config.beta_end, T)
         return alphas, sigmas, one_step_betas(alphas**2)
 
     if config.trained_betas is not None:
@@ -99,8 +111,29 @@ def geometric_ladder(sigma_min: float | None, sigma_max: float | None, T: int) -
         )
     exponent = torch.linspace(0, 1, T, dtype=torch.float64)
     levels = sigma_min * (sigma_max / sigma_min) ** exponent
-    norm = (1 + levels**2).sqrt()
-    return 1 / norm, levels / norm
+    return variance_preserving(torch.ones_like(levels), levels)
+
+
+def sub_vp_table(beta_start: float, beta_end: float, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sub-VP process in variance-preserving coordinates (Song et al. 2021, App. B, Eq. 29).
+
+    Its time runs from 0 to 1 while beta(time) grows linearly from T beta_start to T beta_end, and timestep t is at
+    (t + 1) / T. In float64, because at the first levels 1 - exp(-B) would have few digits left.
+    """
+    if not (0 < beta_start <= 1 and 0 < beta_end <= 1):
+        raise ValueError(f"beta_start and beta_end must lie in (0, 1], got {beta_start} and {beta_end}")
+    n = torch.arange(1, T + 1, dtype=torch.float64)
+    integral = beta_start * n + (beta_end - beta_start) * n**2 / (2 * T)
+    alphas, sigmas = variance_preserving((-integral / 2).exp(), -torch.expm1(-integral))
+    if alphas[-1] == 0:
+        raise ValueError(f"{T} timesteps of beta up to {max(beta_start, beta_end)} leave no signal in float64")
+    return alphas, sigmas
+
+
+def variance_preserving(signal: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(alpha, sigma) of the same process, divided by its deviation on data of variance 1."""
+    deviation = (signal**2 + noise**2).sqrt()
+    return signal / deviation, noise / deviation
 
 
 def rescale_to_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:

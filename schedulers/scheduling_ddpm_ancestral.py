@@ -33,8 +33,8 @@ class DDPMAncestralScheduler(ReverseVariance):
     Args:
         num_train_timesteps: Number of levels T that the network was trained on.
         beta_start, beta_end: Ends of the beta schedule, in the units of a chain of `num_train_timesteps`.
-        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid", or "geometric": the
-            variance-exploding ladder from `sigma_min` to `sigma_max`.
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid"; "geometric", the
+            variance-exploding ladder from `sigma_min` to `sigma_max`; or "sub_vp", the sub-VP process of linear beta.
         trained_betas: The betas themselves, (T,), instead of a schedule.
         variance_type: Variance of a step, see the table in `reverse_variance`; "fixed_small", "fixed_large",
             "learned", "learned_range", "posterior" or "optimal", which needs `calibrate_variance` once.

@@ -1,8 +1,10 @@
-r"""The levels that a schedule visits: flow paths, spacings in the noise-to-signal ratio, and levels given as sigmas.
+r"""The levels that a schedule visits: flow paths, spacings in the noise-to-signal ratio, and levels given as sigmas;
+and the sub-VP path.
 
 Oracles: Diffusers' FlowMatchEulerDiscreteScheduler and UniPC, the shift of Esser et al. 2024 as a translation of the
 log-ratio, log(sigma / (1 - sigma)) -> log(sigma / (1 - sigma)) + log(shift), and evenness in the scale that names a
-spacing.
+spacing. Those of the sub-VP path are the moments of its SDE, integrated by scipy, exact Gaussian laws, and the same
+path as a list of betas.
 """
 
 import math
@@ -17,12 +19,21 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from scipy.integrate import solve_ivp
 
-from annealers import DDPMAncestralScheduler
+from annealers import (
+    AnnealedLangevinScheduler,
+    DDPMAncestralScheduler,
+    ModifiedEulerMaruyamaScheduler,
+    PredictorCorrectorScheduler,
+)
+from annealers.exact import Gaussian
 from annealers.schedulers.path_tables import karras_ratios, shifted, spaced_flow_sigmas, stretched_to_terminal
 
 LADDER = {"beta_schedule": "geometric", "sigma_min": 0.02, "sigma_max": 40.0}
-TABLES = [{"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")] + [LADDER]
+SUB_VP = {"beta_schedule": "sub_vp"}
+TABLES = [{"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")]
+TABLES += [LADDER, SUB_VP]
 DYNAMIC = {"use_dynamic_shifting": True}
 
 
@@ -378,3 +389,147 @@ def test_spacings_in_the_ratio_need_signal_on_every_level_of_a_table(spacing):
 def test_a_flow_path_that_cannot_be_built_is_refused_with_the_value(config, message):
     with pytest.raises(ValueError, match=message):
         flow(**config)
+
+
+# ---- the sub-VP path ------------------------------------------------------------------------------------------------
+
+
+def moments_of_the_sde(beta_0, beta_1, times):
+    """Mean per x_0 and variance at given times of dx = -beta x / 2 dt + sqrt(beta (1 - e^{-2 int beta})) dw."""
+
+    def rates(t, state):
+        mean, variance = state
+        beta, integral = beta_0 + t * (beta_1 - beta_0), beta_0 * t + 0.5 * t**2 * (beta_1 - beta_0)
+        return -0.5 * beta * mean, -beta * variance + beta * -np.expm1(-2 * integral)
+
+    solution = solve_ivp(rates, (0, 1), (1.0, 0.0), method="DOP853", t_eval=times, rtol=1e-12, atol=1e-22)
+    return solution.y
+
+
+@pytest.mark.parametrize(("T", "beta_start", "beta_end"), [(1000, 1e-4, 0.02), (50, 0.002, 0.4), (7, 0.3, 0.1)])
+def test_the_sub_vp_path_has_the_moments_of_its_sde_up_to_scale(T, beta_start, beta_end):
+    scheduler = DDPMAncestralScheduler(T, beta_start, beta_end, "sub_vp")
+    alpha, sigma = scheduler.signal_and_noise(torch.arange(T))
+    mean, variance = moments_of_the_sde(T * beta_start, T * beta_end, np.arange(1, T + 1) / T)
+    np.testing.assert_allclose(sigma / alpha, np.sqrt(variance) / mean, rtol=1e-7)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-14)
+    # alpha-bar = mean^2 is the same as on the variance-preserving path, whose deviation is sqrt(1 - alpha-bar)
+    np.testing.assert_allclose((alpha / sigma) ** 2, mean**2 / (1 - mean**2) ** 2, rtol=1e-7)
+
+
+def test_the_sub_vp_path_has_the_signal_of_the_linear_schedule_and_less_noise():
+    def ratio(schedule):
+        alpha, sigma = DDPMAncestralScheduler(beta_schedule=schedule).signal_and_noise(torch.arange(1000))
+        return sigma / alpha
+
+    sub_vp, linear = ratio("sub_vp"), ratio("linear")
+    signal_linear = 1 / (1 + linear**2)  # alpha-bar; the sum of betas is the integral up to half a step
+    # r = (1 - alpha-bar) / sqrt(alpha-bar), where the linear path has the root of the numerator
+    torch.testing.assert_close(sub_vp, (1 - signal_linear) / signal_linear.sqrt(), rtol=0.12, atol=0)
+    assert (sub_vp[1:] < linear[1:]).all()
+
+
+def test_the_first_sub_vp_levels_keep_their_digits():
+    scheduler = DDPMAncestralScheduler(beta_schedule="sub_vp")
+    alpha, sigma = scheduler.signal_and_noise(torch.arange(3))
+    # 1 - e^{-B} and e^{-B / 2} by their series, B = 1e-4 n + 0.0199 n^2 / 2000
+    B = np.array([1e-4 * n + 0.0199 * n**2 / 2000 for n in (1, 2, 3)])
+    exact_ratio = (B - B**2 / 2 + B**3 / 6) * (1 + B / 2 + B**2 / 8)
+    np.testing.assert_allclose(sigma / alpha, exact_ratio, rtol=1e-10)
+    snr = exact_ratio[:2] ** -2
+    np.testing.assert_allclose(
+        scheduler.betas[:2], [1 / (1 + snr[0]), 1 - (1 + 1 / snr[0]) / (1 + 1 / snr[1])], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (DDPMAncestralScheduler, {}),
+        (ModifiedEulerMaruyamaScheduler, {}),
+        (AnnealedLangevinScheduler, {"levels": "path"}),
+        *[
+            (PredictorCorrectorScheduler, {"predictor": predictor})
+            for predictor in ("ddim", "euler_maruyama", "reverse_diffusion", "probability_flow")
+        ],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* Langevin steps")
+def test_every_step_of_a_sub_vp_path_is_that_of_the_same_path_as_a_list_of_betas(kind, settings):
+    few = {"num_train_timesteps": 6, "clip_sample": False, "timestep_spacing": "trailing"} | settings
+    ours = kind(beta_start=0.1, beta_end=0.5, beta_schedule="sub_vp", **few)
+    same = kind(trained_betas=ours.betas.tolist(), **few)
+    eps, x = (torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    for scheduler in (ours, same):
+        scheduler.set_timesteps(3)
+    assert ours.timesteps.tolist() == same.timesteps.tolist()
+    for t in ours.timesteps:
+        steps = [
+            scheduler.step(eps, t.item(), x, generator=torch.Generator().manual_seed(2)) for scheduler in (ours, same)
+        ]
+        torch.testing.assert_close(steps[0].prev_sample, steps[1].prev_sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "v"), [(0.0, 1.0), (0.7, 0.09)])
+def test_sampling_a_gaussian_on_a_sub_vp_path_with_the_optimal_variance_is_exact(m, v):
+    law, path = Gaussian(m, v), {"num_train_timesteps": 40, "beta_start": 0.002, "beta_end": 0.4} | SUB_VP
+    alpha, sigma = DDPMAncestralScheduler(**path).signal_and_noise(torch.arange(40))
+    scheduler = DDPMAncestralScheduler(
+        **path,
+        variance_type="optimal",
+        mean_squared_noise=(sigma**2 / (alpha**2 * v + sigma**2)).tolist(),  # of the exact prediction
+        last_step_noise=True,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    network = law.as_model(scheduler)
+    scheduler.set_timesteps(8)
+    mean, variance = alpha[39] * m, alpha[39] ** 2 * v + sigma[39] ** 2  # of x_T
+    for t in scheduler.timesteps:
+        # a step is out = gain x + shift + deviation z, which three probes tell apart
+        def out(x, seed, t=int(t)):
+            x = torch.full((1, 1, 1, 1), x, dtype=torch.float64)
+            return scheduler.step(network(x, t).sample, t, x, generator=torch.Generator().manual_seed(seed))[0].item()
+
+        z = [torch.randn(1, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+        deviation = (out(0.0, 0) - out(0.0, 1)) / (z[0] - z[1]).item()
+        shift = out(0.0, 0) - deviation * z[0].item()
+        gain = out(1.0, 0) - out(0.0, 0)
+        mean, variance = gain * mean + shift, gain**2 * variance + deviation**2
+    assert float(mean) == pytest.approx(m, abs=1e-9)
+    assert float(variance) == pytest.approx(v, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DDPMAncestralScheduler,
+        ModifiedEulerMaruyamaScheduler,
+        AnnealedLangevinScheduler,
+        PredictorCorrectorScheduler,
+    ],
+)
+def test_a_sub_vp_path_survives_saving_and_a_change_of_scheduler(tmp_path, kind):
+    first = DDPMAncestralScheduler(num_train_timesteps=100, beta_start=0.001, beta_end=0.3, **SUB_VP)
+    scheduler = kind.from_config(first.config)
+    scheduler.save_pretrained(tmp_path)
+    timesteps = torch.arange(100)
+    for other in (scheduler, kind.from_pretrained(tmp_path), DDPMAncestralScheduler.from_config(scheduler.config)):
+        for one, expected in zip(other.signal_and_noise(timesteps), first.signal_and_noise(timesteps), strict=True):
+            assert torch.equal(one, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_start": 0.0}, r"beta_start and beta_end must lie in \(0, 1\], got 0\.0 and 0\.02"),
+        ({"beta_end": -0.1}, r"got 0\.0001 and -0\.1"),
+        ({"beta_end": 1.5}, r"got 0\.0001 and 1\.5"),
+        ({"beta_start": float("nan")}, "got nan and 0.02"),
+        ({"rescale_betas_zero_snr": True}, "a sub_vp path ends where beta_end says"),
+        ({"num_train_timesteps": 10_000, "beta_end": 1.0}, "10000 timesteps of beta up to 1.0 leave no signal"),
+    ],
+)
+def test_a_sub_vp_path_that_cannot_be_built_is_refused_with_the_value(config, message):
+    with pytest.raises(ValueError, match=message):
+        DDPMAncestralScheduler(**(SUB_VP | config))

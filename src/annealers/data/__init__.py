@@ -2,6 +2,7 @@
 
     config.py     which data set                     loading.py    opens it and finds its columns
     digits.py     the embedded one                   rows.py       its rows, with random access or as a stream
+    toys.py       laws of the plane, drawn
     images.py     one row as an image                batches.py    which rows a process sees in which step
 
 Rows are decoded when they are needed, in the workers of the loader; only the digits are held in memory as a whole.
@@ -12,20 +13,24 @@ from annealers.data.config import DataConfig, DataError
 from annealers.data.digits import DigitsSplit, load_digits_split
 from annealers.data.images import to_images, to_model_space
 from annealers.data.loading import load_data
-from annealers.data.rows import ImageData, ImageRows, ImageStream
+from annealers.data.rows import ImageData, ImageRows, ImageStream, PointRows
+from annealers.data.toys import TOYS, toy_law
 
 __all__ = [
+    "TOYS",
     "DataConfig",
     "DataError",
     "DigitsSplit",
     "ImageData",
     "ImageRows",
     "ImageStream",
+    "PointRows",
     "PositionBatches",
     "load_data",
     "load_digits_split",
     "to_images",
     "to_model_space",
+    "toy_law",
     "train_batches",
     "validation_batches",
 ]

@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from annealers.data.config import DataConfig, DataError
 from annealers.data.images import CENTER, to_model_space
-from annealers.data.loading import fixed_choice
-from annealers.data.rows import ImageData, ImageRows, ImageStream
+from annealers.data.rows import ImageData, ImageRows, ImageStream, PointRows, fixed_choice
 from annealers.randomness import PositionalRandomness
 
 
@@ -119,7 +118,7 @@ def _batch(items: list[dict[str, Any]], positions: range, flips: torch.Tensor) -
     images = torch.stack([item["image"] for item in items])  # (b, C, H, W)
     images[flips] = images[flips].flip(-1)
     batch: dict[str, Any] = {
-        "images": to_model_space(images),
+        "images": images if images.is_floating_point() else to_model_space(images),
         "positions": torch.arange(positions.start, positions.stop),
         "first_position": positions.start,
         "rows": torch.tensor([item["row"] for item in items]),
@@ -135,7 +134,7 @@ def _batch(items: list[dict[str, Any]], positions: range, flips: torch.Tensor) -
 class _PositionedRows(Dataset):
     """Whole batches by their positions. An error travels as a value: a worker would bury it in its traceback."""
 
-    rows: ImageRows
+    rows: ImageRows | PointRows
     order: Callable[[range], Any]
     augmentation: _Augmentation
 
@@ -262,9 +261,9 @@ def train_batches(
         accumulation, process_index, num_processes, first_step, last_step: See `PositionBatches`.
 
     Returns:
-        Iterator of dicts: images float32 (b, C, H, W) in [-1, 1], labels int64 (b,) unless unconditional, captions
-        list[str] if asked for, positions int64 (b,) and first_position of this contiguous block, and rows int64 (b,),
-        the numbers of the rows in the stored split.
+        Iterator of dicts: images float32 (b, C, H, W) in [-1, 1], or points as they are, labels int64 (b,) unless
+        unconditional, captions list[str] if asked for, positions int64 (b,) and first_position of this contiguous
+        block, and rows int64 (b,), the numbers of the rows in the stored split.
 
     Raises:
         DataError: If the batch size does not divide; while iterating, if a row cannot be read.

@@ -20,7 +20,9 @@ class DataConfig:
     """Which data set, which of its columns, and how its images are prepared."""
 
     dataset: str = option(
-        "digits", "'digits' (8x8, embedded), a name on the Hub, or a folder (parquet, arrow, images)."
+        "digits",
+        "'digits' (8x8, embedded), 'toy:ring' (or another toy of the plane), a name on the Hub, or a folder (parquet, "
+        "arrow, images).",
     )
     dataset_config: str | None = option(None, "Configuration of a data set on the Hub.")
     train_split: str = option("train", "Split to train on.")

@@ -1,4 +1,4 @@
-"""Opens a data set, digits, a folder or a name on the Hub, and finds and checks its columns before training starts."""
+"""Opens a data set, digits, a toy, a folder or a name on the Hub; finds and checks its columns before training."""
 
 import re
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ import numpy as np
 from annealers.data.config import DataConfig, DataError, cause_of
 from annealers.data.digits import digits_tables
 from annealers.data.images import Columns, RowReader, channel_count, image_planes, naming_the_image
-from annealers.data.rows import ImageData, ImageRows, Images, ImageStream
-from annealers.randomness import PositionalRandomness
+from annealers.data.rows import ImageData, ImageRows, ImageStream, fixed_choice
+from annealers.data.toys import TOY, load_toy
 
 
 def load_data(config: DataConfig) -> ImageData:
@@ -26,6 +26,8 @@ def load_data(config: DataConfig) -> ImageData:
         DataError: If there is no such data set, split or column, no row, a label that training does not know, or a
             first image from which the size cannot be taken.
     """
+    if config.dataset.startswith(TOY):
+        return load_toy(config)
     folder = None if config.dataset == "digits" else _folder(config.dataset)
     tables = _open_tables(config, folder)
     table = _split(tables, config.train_split, config)
@@ -89,7 +91,7 @@ def _open_tables(config: DataConfig, folder: Path | None) -> dict[str, Any]:
     except DataError:
         raise
     except Exception as error:
-        hint = "" if folder else "; offline, --dataset takes a folder or 'digits'"
+        hint = "" if folder else "; offline, --dataset takes a folder, 'digits' or a toy"
         raise DataError(f"cannot open the data set {config.dataset!r}: {cause_of(error)}{hint}") from error
 
 
@@ -240,7 +242,7 @@ def _first_image(table: Any, columns: Columns, config: DataConfig) -> tuple[int,
     return channel_count(planes), height
 
 
-def _images(table: Any, reader: RowReader, config: DataConfig) -> Images:
+def _images(table: Any, reader: RowReader, config: DataConfig) -> ImageRows | ImageStream:
     """A split with its labels checked, or of a stream as far as it may be read."""
     table = _prepared(table, reader.columns)
     if config.streaming:
@@ -255,7 +257,7 @@ def _images(table: Any, reader: RowReader, config: DataConfig) -> Images:
     return ImageRows(table, reader, np.arange(len(table)))
 
 
-def _validation(tables: dict[str, Any], train_reader: RowReader, config: DataConfig) -> Images | None:
+def _validation(tables: dict[str, Any], train_reader: RowReader, config: DataConfig) -> ImageRows | ImageStream | None:
     """The validation split, its label values matched to the training ids by name; None if there is none."""
     own = [name for name in ("validation", "test") if name in tables and name != config.train_split]
     split = config.validation_split or next(iter(own), None)
@@ -279,11 +281,3 @@ def _held_out(rows: ImageRows, config: DataConfig) -> tuple[ImageRows, ImageRows
             f"holdout={config.holdout} leaves none of the {len(rows)} rows of {config.dataset!r} to train on"
         )
     return rows.chosen(np.setdiff1d(np.arange(len(rows)), held)), rows.chosen(held)
-
-
-def fixed_choice(length: int, size: int) -> np.ndarray:
-    """At most `size` of the indices below `length`, in order.
-
-    A random choice, because rows are often stored by class; the same for every seed, so that runs are comparable.
-    """
-    return np.sort(PositionalRandomness(0).permutation("fixed choice of rows", 0, length).numpy()[:size])

@@ -1,4 +1,4 @@
-"""Many rows: with random access, or as a stream."""
+"""Many rows: with random access, as a stream, or drawn."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,10 +6,12 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from annealers.data.config import DataError, cause_of
 from annealers.data.images import CENTER, RowReader
+from annealers.randomness import PositionalRandomness
 
 
 @dataclass(eq=False)
@@ -73,7 +75,39 @@ class ImageStream(IterableDataset):
             yield number, row
 
 
-Images = ImageRows | ImageStream
+@dataclass(eq=False)
+class PointRows(Dataset):
+    """Points that were drawn and not stored: float events in the units of the data, none of them an 8-bit image.
+
+    Args:
+        points: (N, C, H, W), float32.
+        row_numbers: Of each point in the split.
+    """
+
+    points: torch.Tensor
+    row_numbers: np.ndarray
+
+    @classmethod
+    def of(cls, points: torch.Tensor) -> "PointRows":
+        """All of the points."""
+        return cls(points, np.arange(len(points)))
+
+    def __len__(self) -> int:
+        return len(self.row_numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read([index], [CENTER])[0]
+
+    def read(self, indices: Sequence[int], centerings: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+        """The items at `indices`; a point has no borders to crop."""
+        return [{"image": self.points[row], "row": int(row)} for row in self.row_numbers[list(indices)]]
+
+    def chosen(self, indices: np.ndarray) -> "PointRows":
+        """The rows at `indices` only."""
+        return PointRows(self.points, self.row_numbers[indices])
+
+
+Images = ImageRows | ImageStream | PointRows
 
 
 @dataclass
@@ -83,7 +117,7 @@ class ImageData:
     Args:
         name: For cards and logs; of a folder its last part.
         hub_id: Name on the Hub, None if it did not come from there.
-        train: `ImageRows`, or `ImageStream` when streaming.
+        train: `ImageRows`, `ImageStream` when streaming, or `PointRows` of a toy.
         validation: The same, or None if there is neither a split nor a holdout.
         channels, resolution: Of every image, (channels, resolution, resolution).
         id2label: The name of each label id 0 ... K - 1, None if unconditional.
@@ -96,3 +130,11 @@ class ImageData:
     channels: int
     resolution: int
     id2label: dict[int, str] | None
+
+
+def fixed_choice(length: int, size: int) -> np.ndarray:
+    """At most `size` of the indices below `length`, in order.
+
+    A random choice, because rows are often stored by class; the same for every seed, so that runs are comparable.
+    """
+    return np.sort(PositionalRandomness(0).permutation("fixed choice of rows", 0, length).numpy()[:size])
