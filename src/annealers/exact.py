@@ -46,13 +46,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 __all__ = [
     "ConditionalExactModel",
+    "ExactClassifier",
+    "ExactClassifierOutput",
     "ExactModel",
     "ExactModelOutput",
     "FiniteData",
@@ -60,6 +62,7 @@ __all__ = [
     "GaussianMixture",
     "Law",
     "path_point",
+    "prediction_type_of",
 ]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
@@ -500,7 +503,7 @@ class ExactModel(nn.Module):
         super().__init__()
         self.law = law
         self.scheduler = scheduler
-        self.prediction_type = _checked_prediction_type(prediction_type or _prediction_type_of(scheduler))
+        self.prediction_type = _checked_prediction_type(prediction_type or prediction_type_of(scheduler))
 
     def forward(
         self,
@@ -543,7 +546,7 @@ class ConditionalExactModel(nn.Module):
             raise ValueError(f"need at least one law, and all of one event shape, got event shapes {event_shapes}")
         self.laws = list(laws)
         self.scheduler = scheduler
-        self.prediction_type = _checked_prediction_type(prediction_type or _prediction_type_of(scheduler))
+        self.prediction_type = _checked_prediction_type(prediction_type or prediction_type_of(scheduler))
 
     def forward(
         self,
@@ -586,6 +589,62 @@ class ConditionalExactModel(nn.Module):
             raise ValueError(f"class_labels must lie in 0 .. {len(self.laws) - 1}, got {class_labels.tolist()}")
 
 
+@dataclass
+class ExactClassifierOutput(BaseOutput):
+    """Output of an exact classifier.
+
+    Args:
+        logits: log w_k + log p_k(x_t), (B, K), in the dtype of its input.
+    """
+
+    logits: torch.Tensor
+
+
+class ExactClassifier(nn.Module):
+    """The classifier p(y | x_t) that K classes of known laws have, the oracle of classifier guidance.
+
+    By Bayes' rule p(y = k | x_t) is w_k p_k(x_t) / sum_j w_j p_j(x_t). It takes the place of a `NoisyClassifierModel`.
+
+    Args:
+        laws: The law of each class, by its label.
+        weights: w_k, how frequent each class is, (K,); scaled to sum to one. None = all alike.
+        scheduler: Says which (alpha, sigma) a timestep stands for; see `path_point`.
+
+    Raises:
+        ValueError: If there are fewer than two laws, their event shapes differ, or a weight does not fit.
+    """
+
+    dtype = torch.float64  # that of the laws' arithmetic, as a network says that of its weights
+
+    def __init__(self, laws: Sequence[Law], weights: torch.Tensor | Sequence | None, scheduler: ConfigMixin) -> None:
+        super().__init__()
+        event_shapes = {tuple(law.event_shape) for law in laws}
+        if len(laws) < 2 or len(event_shapes) != 1:
+            raise ValueError(
+                f"need two laws or more, all of one event shape, got {len(laws)} with event shapes {event_shapes}"
+            )
+        self.laws = list(laws)
+        self.log_weights = _normalised_weights(
+            [1.0] * len(laws) if weights is None else weights, len(laws), laws[0].device
+        ).log()
+        self.scheduler = scheduler
+        self.config = FrozenDict(num_classes=len(laws), id2label=None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the laws keep their tensors; a pipeline asks."""
+        return self.log_weights.device
+
+    def forward(
+        self, sample: torch.Tensor, timestep: int | float | torch.Tensor, return_dict: bool = True
+    ) -> ExactClassifierOutput | tuple[torch.Tensor]:
+        """Classifies x_t, (B, *event), at a train timestep, a number, () or (B,); differentiable in x_t."""
+        alpha, sigma = path_point(self.scheduler, timestep)
+        log_densities = torch.stack([law.log_prob(sample, alpha, sigma) for law in self.laws], dim=1)  # (B, K)
+        logits = log_densities + self.log_weights.to(log_densities)
+        return ExactClassifierOutput(logits) if return_dict else (logits,)
+
+
 def path_point(scheduler: ConfigMixin, timestep: int | float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Looks up (alpha, sigma) of a train timestep.
 
@@ -625,7 +684,8 @@ def path_point(scheduler: ConfigMixin, timestep: int | float | torch.Tensor) -> 
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
-def _prediction_type_of(scheduler: ConfigMixin) -> str | None:
+def prediction_type_of(scheduler: ConfigMixin) -> str | None:
+    """What the network of a scheduler predicts, or None if the config does not say; see `path_point` for flows."""
     return "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type")
 
 
