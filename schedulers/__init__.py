@@ -5,12 +5,14 @@ if __name__ != "annealers.schedulers":
 
 from annealers.schedulers.gaussian_path import GaussianPathScheduler, GaussianPathSchedulerOutput
 from annealers.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
+from annealers.schedulers.scheduling_cold_diffusion import ColdDiffusionScheduler
 from annealers.schedulers.scheduling_ddpm_ancestral import DDPMAncestralScheduler
 from annealers.schedulers.scheduling_modified_euler_maruyama import ModifiedEulerMaruyamaScheduler
 from annealers.schedulers.scheduling_predictor_corrector import PredictorCorrectorScheduler
 
 __all__ = [
     "AnnealedLangevinScheduler",
+    "ColdDiffusionScheduler",
     "DDPMAncestralScheduler",
     "GaussianPathScheduler",
     "GaussianPathSchedulerOutput",

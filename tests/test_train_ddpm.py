@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,13 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from annealers import GuidedDiffusionPipeline
-from annealers.configuration import parse_config
+from annealers.configuration import check_same_run, config_to_dict, parse_config
 from annealers.data import load_data, validation_batches
+from annealers.losses import variational_bound_term
 from annealers.randomness import PositionalRandomness
 from annealers.run import NonFiniteLossError
+from annealers.score_matching import denoising_score_matching, score_weight
+from annealers.timestep_sampling import make_timestep_sampler
 from annealers.training.train_ddpm import DDPMConfig, DDPMTask, DenoisingObjective, main
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +45,12 @@ TINY = [
     # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant"),
 ]
+# Four timesteps, so that the sampler has its ten losses of each after three of the six steps.
+SAMPLED = {
+    "stratified": ["--timestep_sampling", "stratified", "--learned_variance", "--weighting", "likelihood"],
+    "by loss": ["--timestep_sampling", "loss_second_moment", "--loss", "vlb", "--learned_variance"],
+}
+SAMPLED["by loss"] += ["--num_train_timesteps", "4"]
 LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
@@ -72,13 +82,14 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Three runs on two processes: whole, with accumulation, and resumed at step 3 of the first."""
+    """Runs on two processes: whole, with accumulation, resumed at step 3 of the first, and sampled timesteps."""
     root = tmp_path_factory.mktemp("two")
     resumed_from = str(root / "whole" / "checkpoints" / "checkpoint-00000003")
     runs = [
         arguments(root / "whole"),
         arguments(root / "accumulated", "--gradient_accumulation_steps", 2),
         arguments(root / "resumed", "--resume", resumed_from),
+        *(arguments(root / name, *more, "--gradient_accumulation_steps", 2) for name, more in SAMPLED.items()),
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = ROOT / "tests" / "support" / "train_twice.py"
@@ -132,6 +143,48 @@ def test_resuming_on_two_processes_is_bit_for_bit_too(two_processes):
 def test_one_process_can_resume_what_two_began(one_process, two_processes, tmp_path):
     main(arguments(tmp_path, "--resume", two_processes / "whole" / "checkpoints" / "checkpoint-00000003"))
     assert largest_difference(weights(one_process, "live"), weights(tmp_path, "live")) < 1e-5
+
+
+@pytest.fixture(scope="module", params=SAMPLED)
+def sampled(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampled") / request.param
+    main(arguments(folder, *SAMPLED[request.param]))
+    return folder
+
+
+def test_sampled_timesteps_train_the_same_weights_on_two_processes_with_accumulation(sampled, two_processes):
+    ours, theirs = weights(sampled, "live"), weights(two_processes / sampled.name, "live")
+    if sampled.name == "by loss":
+        name = "timestep_sampler.losses"
+        torch.testing.assert_close(ours.pop(name), theirs.pop(name), rtol=1e-5, atol=0)
+    assert largest_difference(ours, theirs) < 1e-5
+    assert largest_difference(weights(sampled), weights(two_processes / sampled.name)) < 1e-5
+
+
+def test_a_resumed_run_draws_the_timesteps_of_the_uninterrupted_one(sampled, tmp_path):
+    checkpoint = sampled / "checkpoints" / "checkpoint-00000003"
+    main(arguments(tmp_path, *SAMPLED[sampled.name], "--resume", checkpoint))
+    assert largest_difference(weights(sampled, "live"), weights(tmp_path, "live")) == 0
+    assert largest_difference(weights(sampled), weights(tmp_path)) == 0
+
+
+def test_what_the_sampler_has_learnt_is_in_the_checkpoint_and_not_in_the_pipeline(sampled):
+    folder = sampled / "checkpoints" / "checkpoint-00000006"
+    averaged = load_file(folder / "ema.safetensors")
+    learnt = {name: value for name, value in weights(sampled, "live").items() if not name.startswith("network.")}
+    assert not [name for name in weights(sampled) if "timestep" in name]
+    if sampled.name == "stratified":
+        assert not learnt
+        return
+    assert {name: value.shape for name, value in learnt.items()} == {
+        "timestep_sampler.losses": (4, 10),
+        "timestep_sampler.observed": (4,),
+    }
+    assert all(torch.equal(value, averaged[name]) for name, value in learnt.items())
+    observed = learnt["timestep_sampler.observed"]
+    assert observed.sum() == 6 * 16 and observed.min() > 12  # 4 x 4 of each in three steps without preference
+    assert (observed - observed.min()).max() > 2  # and then with one
+    assert (learnt["timestep_sampler.losses"] != 0).all()
 
 
 def test_validation_and_losses_are_the_same_on_two_processes(one_process, two_processes):
@@ -276,10 +329,13 @@ def test_a_resolution_that_the_network_cannot_halve_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--block_out_channels", "32", "48"], "multiples of 32"),
+        (["--block_out_channels", "32", "44"], "multiples of norm_groups"),
         (["--attention_levels", "2"], "attention_levels must lie in 0 .. 1"),
         (["--condition_dropout", "1.5"], "condition_dropout must lie in"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
+        (["--loss", "vlb", "--min_snr_gamma", "5"], "one weight, got --min-snr-gamma 5.0 and --loss vlb"),
+        (["--weighting", "likelihood", "--min_snr_gamma", "5"], "got --weighting likelihood and --min-snr-gamma 5.0"),
+        (["--timestep_sampling", "random"], "random"),
         (["--no_such_option", "1"], "no_such_option"),
     ],
 )
@@ -303,6 +359,15 @@ def test_resuming_with_other_options_names_them(one_process, tmp_path):
         )
 
 
+def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default():
+    config = DDPMConfig(learning_rate=0.5)
+    recorded = config_to_dict(config)
+    del recorded["weight_decay"], recorded["block_out_channels"]
+    check_same_run(config, recorded)
+    with pytest.raises(ValueError, match=r"weight_decay: 0.0 in the checkpoint, 0.1 now"):
+        check_same_run(replace(config, weight_decay=0.1), recorded)
+
+
 def test_resuming_from_nothing_names_the_path(tmp_path):
     with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
         main(arguments(tmp_path, "--resume", tmp_path / "nowhere"))
@@ -312,12 +377,25 @@ def test_resuming_from_nothing_names_the_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--min_snr_gamma", "5"], ["--learned_variance"]], ids=["simple", "snr", "vlb"]
+    "options",
+    [[], ["--min_snr_gamma", "5"], ["--learned_variance"], ["--loss", "vlb"]],
+    ids=["simple", "snr", "hybrid", "vlb"],
 )
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_every_objective_trains(tmp_path, options, prediction_type):
     main(arguments(tmp_path, "--max_steps", 1, "--prediction_type", prediction_type, *options))
     assert metrics(tmp_path)[-1]["step"] == 1
+
+
+@pytest.mark.parametrize(("options", "hears"), [([], True), (["--norm_groups", "32"], False)])
+def test_a_block_hears_the_timestep_unless_its_channels_are_normalised_one_by_one(tmp_path, options, hears):
+    config = parse_config(DDPMConfig, [*arguments(tmp_path), *options])
+    network = DDPMTask(config, load_data(config), PositionalRandomness(0)).build().network.eval()
+    outputs = []
+    network.down_blocks[0].resnets[0].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for t in (10, 900):
+        network(torch.zeros(1, 1, 8, 8), t, class_labels=torch.tensor([3]))
+    assert torch.allclose(*outputs, atol=1e-5) != hears
 
 
 def test_labels_are_dropped_at_the_rate_of_the_option(one_process):
@@ -366,6 +444,77 @@ def test_the_hybrid_loss_is_the_simple_one_plus_the_weighted_bound():
     terms = objective(images, noise, timesteps, torch.tensor([0, 1, 2]))
     assert terms["loss"].shape == (3,)
     torch.testing.assert_close(terms["loss"], terms["simple"] + 0.25 * terms["bound"])
+
+
+def built(**options):
+    config = DDPMConfig(**options)
+    task = DDPMTask(config, load_data(config), PositionalRandomness(0))
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.randint(256, (3, 1, 8, 8), generator=generator) / 127.5 - 1).float()
+    noise = torch.randn(3, 1, 8, 8, generator=generator)
+    return task, (images, noise, torch.tensor([0, 5, 900]), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_the_bound_alone_trains_mean_and_variance(learned_variance):
+    task, draws = built(loss="vlb", learned_variance=learned_variance)
+    objective = task.build()
+    images, noise, timesteps, labels = draws
+    x_t = objective.scheduler.add_noise(images, noise, timesteps)
+    output = objective.network(x_t, timesteps, class_labels=labels).sample.detach().requires_grad_()
+    objective.network.forward = lambda *args, **kwargs: UNet2DOutput(output)
+    loss = objective(*draws)["loss"]
+    bound = variational_bound_term(objective.scheduler, output, images, x_t, timesteps)
+    torch.testing.assert_close(loss, 1000 * bound)
+    loss.sum().backward()
+    assert output.grad.shape[1] == 1 + learned_variance and (output.grad != 0).all()
+
+
+@pytest.mark.parametrize("weighting", ["simple", "sigma_squared", "likelihood"])
+def test_a_weighting_is_that_of_the_score(weighting):
+    task, draws = built(weighting=weighting)
+    objective = task.build()
+    images, noise, timesteps, labels = draws
+    with torch.no_grad():
+        loss = objective(*draws)["loss"]
+        x_t = objective.scheduler.add_noise(images, noise, timesteps)
+        output = objective.network(x_t, timesteps, class_labels=labels).sample
+    x_0 = objective.scheduler.original_sample(output, x_t, timesteps)
+    alpha, sigma = (c.reshape(3, 1, 1, 1) for c in objective.scheduler.signal_and_noise(timesteps))
+    error = denoising_score_matching((alpha * x_0 - x_t) / sigma**2, noise, sigma.flatten())
+    expected = score_weight(weighting, objective.scheduler, timesteps) * error
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_every_term_is_multiplied_by_the_weight_of_its_timestep():
+    task, draws = built(learned_variance=True)
+    objective, weights = task.build(), torch.tensor([0.5, 1.0, 3.0])
+    plain, weighted = objective(*draws), objective(*draws, timestep_weights=weights)
+    assert plain.keys() == weighted.keys() == {"loss", "simple", "bound"}
+    for name in plain:
+        torch.testing.assert_close(weighted[name], weights * plain[name])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "stratified", "loss_second_moment"])
+def test_timesteps_and_weights_are_those_of_the_sampler(kind):
+    task, _ = built(timestep_sampling=kind, num_train_timesteps=4, batch_size=8)
+    task.build()
+    expected = make_timestep_sampler(kind, 4, PositionalRandomness(0))
+    losses = torch.arange(1.0, 9.0)
+    if kind == "loss_second_moment":
+        for step in range(8):
+            task.after_step(step, [{"loss": losses[:4]}, {"loss": losses[4:]}], Accelerator())
+            timesteps, weights = expected.draw(step * 8, 8, batch_size=8)
+            expected.observe(timesteps, losses / weights)
+        for ours, theirs in zip(task.timestep_sampler.buffers(), expected.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+    else:
+        task.after_step(0, [{"loss": losses}], None)  # nothing to learn: no communication
+    batch = {"images": torch.zeros(3, 1, 8, 8), "labels": torch.zeros(3, dtype=torch.long), "first_position": 42}
+    draws = task.draws(batch)
+    timesteps, weights = expected.draw(42, 3, batch_size=8)
+    assert torch.equal(draws["timesteps"], timesteps) and torch.equal(draws["timestep_weights"], weights)
+    assert (weights == 1).all() == (kind != "loss_second_moment")
 
 
 def test_validation_sums_the_bound_over_all_timesteps_and_splits_the_loss_by_quarter(monkeypatch):

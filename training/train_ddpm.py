@@ -7,8 +7,9 @@ For an image x_0, a timestep t and noise eps, the network sees x_t = alpha_t x_0
 null class with probability `condition_dropout`, and learns to predict eps, x_0 or v = alpha_t eps - sigma_t x_0:
 
     L_simple = w_t ||prediction - target||^2 / d      Ho et al. 2020, arXiv:2006.11239, Eq. 14
-    w_t      = 1, or min-SNR                          Hang et al. 2023, arXiv:2303.09556
+    w_t      = 1, min-SNR, or another                 Hang et al. 2023, arXiv:2303.09556; `annealers.score_matching`
     L_hybrid = L_simple + 0.001 L_vlb                 Nichol & Dhariwal 2021, arXiv:2102.09672, with learned variance
+    L_vlb    = the variational bound alone, for which timesteps are best drawn by their losses     Sec. 3.3 of the same
 """
 
 from dataclasses import dataclass
@@ -17,39 +18,22 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from PIL import Image
 from torch import nn
 
-from annealers import DDPMAncestralScheduler, GuidedDiffusionPipeline
-from annealers.configuration import RunConfig, option, parse_config
-from annealers.data import validation_batches
-from annealers.figures import enlarge, image_grid, to_pil
-from annealers.losses import hybrid_loss, min_snr_weight, prior_bound_term, simple_loss, variational_bound_term
-from annealers.run import Batch, Run, Task, Terms, gathered_images, my_share
-
-NORM_GROUPS = 32  # of UNet2DModel
-SMALLEST_PICTURE = 48  # pixels; smaller images are enlarged to be seen
+from annealers import DDPMAncestralScheduler
+from annealers.configuration import option, parse_config
+from annealers.losses import hybrid_loss, prior_bound_term, simple_loss, variational_bound_term
+from annealers.run import Batch, Run, Terms
+from annealers.score_matching import prediction_weight
+from annealers.timestep_sampling import TimestepSampler
+from annealers.training.image_task import ImageConfig, ImageTask
 
 
 @dataclass
-class DDPMConfig(RunConfig):
+class DDPMConfig(ImageConfig):
     """Options of a denoising diffusion model; the defaults train 8 x 8 digits on a CPU."""
 
     output_dir: str = option("runs/ddpm", "Folder of the run: pipeline, samples, metrics, checkpoints.")
-    max_steps: int = option(1500, "Optimizer steps.")
-    batch_size: int = option(64, "Images per optimizer step, over all processes and accumulation steps.")
-    learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
-    lr_warmup_steps: int = option(50, "Optimizer steps of linear warm-up.")
-    ema_decay: float = option(0.995, "Decay of the exponential moving average of the weights.")
-
-    block_out_channels: list[int] = option([32, 64], "Channels of each resolution level of the UNet.")
-    attention_levels: list[int] = option([1], "Levels with self-attention, 0 being the full resolution.")
-    layers_per_block: int = option(1, "Residual blocks per level.")
-    dropout: float = option(0.0, "Dropout in the residual blocks.")
-
-    class_conditional: bool = option(True, "Condition on the labels, if the data has any.")
-    condition_dropout: float = option(0.1, "Share of images whose label is replaced by the null class.")
-
     num_train_timesteps: int = option(1000, "Noise levels.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
         "squaredcos_cap_v2", "Noise schedule."
@@ -57,35 +41,36 @@ class DDPMConfig(RunConfig):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
         "v_prediction", "What the network predicts."
     )
-    min_snr_gamma: float | None = option(None, "Gamma of min-SNR weighting; unset, L_simple.")
-    learned_variance: bool = option(False, "Learn the reverse variance with the hybrid loss.")
+    loss: Literal["simple", "vlb"] = option("simple", "L_simple, or the variational bound alone.")
+    weighting: Literal["simple", "sigma_squared", "likelihood"] = option(
+        "simple", "Weight of L_simple: 1 for what is predicted, 1 for the noise, or that of the bound."
+    )
+    min_snr_gamma: float | None = option(None, "Gamma of min-SNR, another weighting of L_simple.")
+    learned_variance: bool = option(False, "Learn the reverse variance; L_simple becomes the hybrid loss.")
     vlb_weight: float = option(0.001, "Weight of the variational bound in the hybrid loss.")
-
-    num_inference_steps: int = option(50, "Sampling steps of the pictures.")
-    guidance_scale: float = option(1.0, "Guidance scale of the pictures; 1 is plain conditional sampling.")
-    sample_columns: int = option(10, "Samples per row of the pictures: per class, if conditional.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.condition_dropout <= 1:
-            raise ValueError(f"condition_dropout must lie in [0, 1], got {self.condition_dropout}")
-        if not all(channels > 0 and channels % NORM_GROUPS == 0 for channels in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels must be multiples of {NORM_GROUPS}, the groups of the UNet's normalisation, "
-                f"got {self.block_out_channels}"
-            )
-        if not all(0 <= level < len(self.block_out_channels) for level in self.attention_levels):
-            raise ValueError(
-                f"attention_levels must lie in 0 .. {len(self.block_out_channels) - 1}, got {self.attention_levels}"
-            )
+        weights = [f"--weighting {self.weighting}"] if self.weighting != "simple" else []
+        weights += [f"--min-snr-gamma {self.min_snr_gamma}"] if self.min_snr_gamma is not None else []
+        weights += ["--loss vlb"] if self.loss == "vlb" else []
+        if len(weights) > 1:
+            raise ValueError(f"the loss has one weight, got {' and '.join(weights)}")
 
 
 class DenoisingObjective(nn.Module):
     """The loss of a denoising network, one number per image."""
 
-    def __init__(self, network: UNet2DModel, scheduler: DDPMAncestralScheduler, config: DDPMConfig) -> None:
+    def __init__(
+        self,
+        network: UNet2DModel,
+        scheduler: DDPMAncestralScheduler,
+        config: DDPMConfig,
+        timestep_sampler: TimestepSampler,
+    ) -> None:
         super().__init__()
         self.network, self.scheduler, self.config = network, scheduler, config
+        self.timestep_sampler = timestep_sampler  # what it has learnt is part of the checkpoint
 
     def forward(
         self,
@@ -93,58 +78,48 @@ class DenoisingObjective(nn.Module):
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         class_labels: torch.Tensor | None = None,
+        timestep_weights: torch.Tensor | None = None,
     ) -> Terms:
-        """Computes the loss of images in [-1, 1], (B, C, H, W), at timesteps (B,); returns terms of shape (B,)."""
+        """The loss of images in [-1, 1], (B, C, H, W), at timesteps (B,) with weights (B,); returns terms (B,)."""
+        terms = self._terms(images, noise, timesteps, class_labels)
+        if timestep_weights is None:
+            return terms
+        return {name: timestep_weights * term for name, term in terms.items()}
+
+    def _terms(
+        self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> Terms:
         scheduler, config = self.scheduler, self.config
         x_t = scheduler.add_noise(images, noise, timesteps)
         output = self.network(x_t, timesteps, class_labels=class_labels).sample
         prediction = output[:, : images.shape[1]]
 
+        if config.loss == "vlb":  # T times a term at uniform t estimates their sum
+            return {"loss": len(scheduler) * variational_bound_term(scheduler, output, images, x_t, timesteps)}
         simple = simple_loss(prediction, scheduler.training_target(images, noise, timesteps))
         if config.min_snr_gamma is not None:
-            alpha, sigma = scheduler.signal_and_noise(timesteps, dtype=torch.float32)
-            simple = simple * min_snr_weight((alpha / sigma) ** 2, config.min_snr_gamma, config.prediction_type)
+            simple = simple * prediction_weight("min_snr", scheduler, timesteps, config.min_snr_gamma)
+        elif config.weighting != "simple":
+            simple = simple * prediction_weight(config.weighting, scheduler, timesteps)
         if not config.learned_variance:
             return {"loss": simple}
         bound = hybrid_loss(scheduler, output, images, x_t, timesteps)
         return {"loss": simple + config.vlb_weight * bound, "simple": simple, "bound": bound}
 
 
-class DDPMTask(Task):
+class DDPMTask(ImageTask):
     """A UNet that denoises."""
 
     config: DDPMConfig
     tags = ("ddpm",)
 
     @property
-    def id2label(self) -> dict[int, str] | None:
-        return self.data.id2label if self.config.class_conditional else None
-
-    @property
-    def null_label(self) -> int | None:
-        """The class that stands for no class, after the data's own."""
-        return None if self.id2label is None else len(self.id2label)
+    def num_train_timesteps(self) -> int:
+        return self.config.num_train_timesteps
 
     def build(self) -> DenoisingObjective:
-        config, data = self.config, self.data
-        levels = len(config.block_out_channels)
-        if data.resolution % 2 ** (levels - 1) != 0:
-            raise ValueError(
-                f"{levels} resolution levels halve the image {levels - 1} times, which {data.resolution} pixels do "
-                f"not allow; choose --resolution as a multiple of {2 ** (levels - 1)} or fewer --block-out-channels"
-            )
-        kinds = ["Attn" if level in config.attention_levels else "" for level in range(levels)]
-        network = UNet2DModel(
-            sample_size=data.resolution,
-            in_channels=data.channels,
-            out_channels=data.channels * (2 if config.learned_variance else 1),
-            block_out_channels=tuple(config.block_out_channels),
-            layers_per_block=config.layers_per_block,
-            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-            dropout=config.dropout,
-            num_class_embeds=None if self.null_label is None else self.null_label + 1,
-        )
+        config = self.config
+        network = self.unet(out_channels=self.data.channels * (2 if config.learned_variance else 1))
         scheduler = DDPMAncestralScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_schedule=config.beta_schedule,
@@ -152,19 +127,17 @@ class DDPMTask(Task):
             variance_type="learned_range" if config.learned_variance else "fixed_small",
             timestep_spacing="trailing",
         )
-        return DenoisingObjective(network, scheduler, config)
+        return DenoisingObjective(network, scheduler, config, self.timestep_sampler)
 
     def draws(self, batch: Batch) -> dict[str, Any]:
-        images, first, T = batch["images"], batch["first_position"], self.config.num_train_timesteps
-        count = len(images)
+        images, first, count = batch["images"], batch["first_position"], len(batch["images"])
         draws = {
             "images": images,
             "noise": self.randomness.normal("noise", first, count, images.shape[1:]),
-            "timesteps": self.randomness.integers("timestep", first, count, high=T),
+            **self.timestep_draws(batch),
         }
         if self.null_label is not None:
-            dropped = self.randomness.uniform("condition dropout", first, count) < self.config.condition_dropout
-            draws["class_labels"] = batch["labels"].masked_fill(dropped, self.null_label)
+            draws["class_labels"] = self.training_labels(batch)
         return draws
 
     # ---- validation -------------------------------------------------------------------------------------------------
@@ -175,21 +148,13 @@ class DDPMTask(Task):
         Each image is seen at t = 0, whose term of the bound is unlike the others, and at one timestep in each of eight
         equal strata of 1 .. T - 1, which estimate the sum of the others.
         """
-        denoising, device = objective_of(objective, accelerator), accelerator.device
+        denoising, device = accelerator.unwrap_model(objective), accelerator.device
         network, scheduler = denoising.network, denoising.scheduler
         T, strata = self.config.num_train_timesteps, 8
         sums = torch.zeros(4, 2, dtype=torch.float64)  # (quarter, [loss, count])
         bounds: list[torch.Tensor] = []
-        for batch in validation_batches(
-            self.data,
-            self.config.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            max_samples=self.config.validation_samples,
-            num_workers=self.config.num_workers,
-        ):
-            images, first, count = batch["images"].to(device), batch["first_position"], len(batch["images"])
-            labels = None if self.null_label is None else batch["labels"].to(device)
+        for images, labels, first in self.held_out(accelerator):
+            count = len(images)
             bound = prior_bound_term(scheduler, images)
             for stratum in range(-1, strata):
                 name = f"validation {stratum}"
@@ -218,44 +183,6 @@ class DDPMTask(Task):
             "vlb_bits_per_dim_standard_error": max(squares / n - mean**2, 0) ** 0.5 / n**0.5,
             "images": n,
         }
-
-    # ---- samples ----------------------------------------------------------------------------------------------------
-
-    def pipeline(self, objective: DenoisingObjective) -> GuidedDiffusionPipeline:
-        return GuidedDiffusionPipeline(
-            objective.network, objective.scheduler, id2label=self.id2label, null_label=self.null_label
-        )
-
-    def example(self) -> str:
-        if self.id2label is None:
-            return "images = pipeline(batch_size=4).images"
-        return f"images = pipeline(class_labels={list(self.id2label.values())[:4]}).images"
-
-    def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:
-        """A row of samples for each class, or a square without classes; each image has a generator of its own."""
-        columns = self.config.sample_columns
-        rows = columns if self.id2label is None else len(self.id2label)
-        mine = my_share(rows * columns, accelerator)
-        pipeline = self.pipeline(objective_of(objective, accelerator))
-        pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(
-            batch_size=len(mine),
-            class_labels=None if self.id2label is None else [i // columns for i in mine],
-            guidance_scale=self.config.guidance_scale if self.id2label is not None else 1.0,
-            num_inference_steps=self.config.num_inference_steps,
-            generator=[torch.Generator().manual_seed(self.randomness.step_seed(i, 0)) for i in mine],
-            output_type="pt",
-        ).images
-        images = gathered_images(images, rows * columns, accelerator)
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            images = torch.cat(images.split(1, dim=1), dim=-1)
-        pictures = to_pil(images * 2 - 1)
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        return image_grid([enlarge(picture, scale) for picture in pictures], columns, padding=2)
-
-
-def objective_of(objective: nn.Module, accelerator: Accelerator) -> DenoisingObjective:
-    return accelerator.unwrap_model(objective)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from annealers.data.config import DataConfig, option
 
-Config = TypeVar("Config", bound="RunConfig")
+Config = TypeVar("Config", bound=DataConfig)
 
 # A resumed run may change these; anything else would make it another run.
 FREE_ON_RESUME = frozenset(
@@ -124,7 +124,7 @@ def parse_config(config_class: type[Config], arguments: list[str] | None = None,
     return config
 
 
-def yaml_arguments(config_class: type[RunConfig], config_file: str, parser: Any) -> list[str]:
+def yaml_arguments(config_class: type[DataConfig], config_file: str, parser: Any) -> list[str]:
     """The options of a YAML file as command-line arguments."""
     import yaml
 
@@ -145,7 +145,7 @@ def yaml_arguments(config_class: type[RunConfig], config_file: str, parser: Any)
     return arguments
 
 
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
+def config_to_dict(config: DataConfig) -> dict[str, Any]:
     """The options as JSON-able values, without the token."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name != "hub_token"}
 
@@ -155,12 +155,19 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def check_same_run(config: RunConfig, recorded: dict[str, Any]) -> None:
-    """Raises ValueError if a checkpoint's options are not those of this run."""
-    current = config_to_dict(config)
+    """Raises ValueError if a checkpoint's options are not those of this run.
+
+    An option that is newer than the checkpoint counts as its default, which is what there was before it.
+    """
+    recorded = {field.name: _default(field) for field in dataclasses.fields(config)} | recorded
     differences = [
-        f"{name}: {recorded.get(name)!r} in the checkpoint, {value!r} now"
-        for name, value in current.items()
-        if name not in FREE_ON_RESUME and recorded.get(name) != value
+        f"{name}: {recorded[name]!r} in the checkpoint, {value!r} now"
+        for name, value in config_to_dict(config).items()
+        if name not in FREE_ON_RESUME and recorded[name] != value
     ]
     if differences:
         raise ValueError("the checkpoint belongs to a run with other options: " + "; ".join(differences))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -8,7 +8,7 @@ way for one process and for many:
         for micro_batch in the accumulation of it:
             terms = objective(**draws(micro_batch))     # {"loss": (B,), ...}
             backward(mean of terms["loss"])
-        clip, optimizer step, learning-rate step, EMA
+        clip, optimizer step, learning-rate step, what the task learns from the terms, EMA
 
 Rows, flips, noise and timesteps of a batch are functions of (seed, position in the run), so one process, several
 processes and any accumulation train the same weights, and a resumed run continues bit for bit.
@@ -67,6 +67,20 @@ class Task(ABC):
     @abstractmethod
     def draws(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The arguments of the objective for a batch of data, with everything that is random in them."""
+
+    def after_step(  # noqa: B027 (most tasks do nothing here)
+        self, step: int, terms: list[Terms], accelerator: Accelerator
+    ) -> None:
+        """Called by all processes after optimizer step k = 0, 1, ...; by default nothing happens.
+
+        What is learnt here must be in buffers of the objective, to be part of the checkpoint, and depend on the terms
+        only by way of `in_order_of_positions`, to be the same on every process.
+
+        Args:
+            step: k.
+            terms: The detached terms of each of this process's micro-batches, (b,) each.
+            accelerator: To communicate with the other processes.
+        """
 
     @abstractmethod
     def validate(self, objective: nn.Module, accelerator: Accelerator) -> dict[str, float]:
@@ -143,6 +157,7 @@ class Run:
         objective.train()
         for step in bar:
             torch.manual_seed(self.randomness.step_seed(step, accelerator.process_index))  # what dropout draws from
+            step_terms: list[Terms] = []
             for _ in range(config.gradient_accumulation_steps):
                 batch = next(batches)
                 draws = self._to_device(self.task.draws(batch))
@@ -155,9 +170,11 @@ class Run:
                     optimizer.step()
                     optimizer.zero_grad()
                 guard.watch(step, batch["rows"], terms["loss"])
-                for name, term in terms.items():
-                    meter.add(name, term.detach().mean())
+                step_terms.append({name: term.detach() for name, term in terms.items()})
+                for name, term in step_terms[-1].items():
+                    meter.add(name, term.mean())
             lr_scheduler.step()
+            self.task.after_step(step, step_terms, accelerator)
             ema.update()
 
             done, last = step + 1, step + 1 == config.max_steps
@@ -338,6 +355,13 @@ def gathered_images(images: torch.Tensor, count: int, accelerator: Accelerator) 
     share = -(-count // accelerator.num_processes)
     padding = images.new_zeros(share - len(images), *images.shape[1:])
     return accelerator.gather(torch.cat([images, padding]))[:count].cpu()
+
+
+def in_order_of_positions(terms: list[torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
+    """One term of a whole optimizer step, (G,), from the (b,) of each micro-batch of each process."""
+    mine = torch.stack(terms)  # (A, b)
+    everyone = accelerator.gather(mine).unflatten(0, (-1, len(terms)))  # (P, A, b)
+    return everyone.transpose(0, 1).flatten()  # position (m P + r) b + i
 
 
 def is_due(step: int, every: int, last: bool) -> bool:
