@@ -10,11 +10,13 @@ from annealers.pipelines.pipeline_guided_diffusion import (
     GuidedDiffusionPipelineOutput,
     Trajectory,
 )
+from annealers.pipelines.pipeline_restoration import RestorationPipeline
 
 __all__ = [
     "AnnealersPipeline",
     "CorrectorGuidanceCallback",
     "GuidedDiffusionPipeline",
     "GuidedDiffusionPipelineOutput",
+    "RestorationPipeline",
     "Trajectory",
 ]

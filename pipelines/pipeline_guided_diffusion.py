@@ -1,21 +1,29 @@
-"""Images from a diffusion model, unconditional or class-conditional with classifier-free guidance.
+"""Images from a diffusion model: unconditional, class-conditional, guided by a classifier or without one.
 
-One network is trained with its class label and, now and then, with a null label in its place. At each step it is asked
-both questions, and the answers are extrapolated,
+**Classifier-free guidance.** One network is trained with its class label and, now and then, with a null label in its
+place. At each step it is asked both questions, and the answers are extrapolated,
 
     eps_w = eps_u + w (eps_c - eps_u),        w = 0: unconditional,   w = 1: conditional,   w > 1: guided.
 
 Source: Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, Eq. 6. Beware: their w is ours - 1.
+
+**Classifier guidance.** Any network, conditional or not, is led to a class y by the gradient of a classifier
+p(y | x_t) of noisy images; see `classifier_guidance`. The two add up:
+
+    eps_w - w_y sigma_t grad log p(y | x_t)
+
+Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233, Eq. 14.
 
     symbol    code                      shape           meaning
     x_t       sample                    (B, C, H, W)    state; noise at first, the image in [-1, 1] at last
     eps_c     conditional               (B, C, H, W)    prediction given the class
     eps_u     unconditional             (B, C, H, W)    prediction given the null class
     w         guidance_scale            ()
+    w_y       classifier_scale          ()
     x̂_0       pred_original_sample      (B, C, H, W)    the scheduler's prediction of the image at a step
 
 "eps" stands for what the network was trained to predict: noise, x_0, velocity or score. All are affine in eps_u and
-eps_c with the same coefficients, so guidance is the same for each.
+eps_c with the same coefficients, so classifier-free guidance is the same for each. What a classifier adds is not.
 """
 
 import inspect
@@ -34,6 +42,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
+from annealers.pipelines.classifier_guidance import classifier_guidance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_CHANNELS = (1, 3)
@@ -80,9 +89,12 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         scheduler: The sampler.
         id2label: Name of each class id.
         null_label: Id that stands for "no class" in training, usually K; None if the network knows none.
+        classifier: A classifier of noisy images, such as `NoisyClassifierModel`, called as
+            `classifier(x_t, t, return_dict=False)`, with `config.num_classes`; only needed for `classifier_scale`.
 
     Raises:
-        ValueError: If `id2label` or `null_label` are not among the classes of the network.
+        ValueError: If `id2label` or `null_label` are not among the classes of the network, or, where that has none,
+            of the classifier.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -101,7 +113,8 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
 
     __module__ = "annealers"  # its public name
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->classifier"
+    _optional_components = ["classifier"]
     _callback_tensor_inputs = ["latents", "class_labels"]
 
     def __init__(
@@ -110,27 +123,41 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,
         null_label: int | None = None,
+        classifier: ModelMixin | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
         self.image_processor = VaeImageProcessor()
 
-        num_classes = unet.config.get("num_class_embeds") or 0
+        num_embeds = unet.config.get("num_class_embeds") or 0
         if id2label is not None:
-            id2label = {int(label): name for label, name in id2label.items()}  # JSON makes every key a string
+            id2label = _with_integer_ids(id2label)
+            num_classes, source = num_embeds, "unet.config.num_class_embeds"
+            if classifier is not None and num_embeds == 0:
+                num_classes, source = classifier.config.num_classes, "classifier.config.num_classes"
             if not all(0 <= label < num_classes for label in id2label):
-                raise ValueError(f"id2label names {sorted(id2label)}, but unet.config.num_class_embeds={num_classes}")
-        if null_label is not None and not 0 <= null_label < num_classes:
-            raise ValueError(f"null_label={null_label} is not below unet.config.num_class_embeds={num_classes}")
+                raise ValueError(f"id2label names {sorted(id2label)}, but {source}={num_classes}")
+        if null_label is not None and not 0 <= null_label < num_embeds:
+            raise ValueError(f"null_label={null_label} is not below unet.config.num_class_embeds={num_embeds}")
         self.id2label = id2label
         self.null_label = null_label
         self.register_to_config(id2label=id2label, null_label=null_label)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Diffusers 0.42 would leave out of `save_pretrained` what is set where there was none before."""
+        super().__setattr__(name, value)
+        if name in self._optional_components and value is not None and self.config[name][0] is None:
+            self.register_modules(**{name: value})
 
     # ---- the settings of the current run, which a callback may read or change ---------------------------------------
 
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def classifier_scale(self) -> float:
+        return self._classifier_scale
 
     @property
     def num_timesteps(self) -> int:
@@ -155,11 +182,13 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         return [self._label_id(label) for label in class_labels]
 
     def _label_id(self, label: int | str) -> int:
-        num_classes = self.unet.config.get("num_class_embeds")
+        num_classes, whose = self.unet.config.get("num_class_embeds"), "network"
         if num_classes is None:
-            raise ValueError(f"got class label {label!r}, but the network has no classes (num_class_embeds=None)")
+            if self.classifier is None:
+                raise ValueError(f"got class label {label!r}, but the network has no classes (num_class_embeds=None)")
+            num_classes, whose = self.classifier.config.num_classes, "classifier"
         if isinstance(label, str):
-            names = self.id2label or {}
+            names = self.id2label or self._names_of_classifier
             ids = [i for i, name in names.items() if name == label]
             if len(ids) != 1:
                 problem = f"stands for the classes {ids}" if ids else f"is not one of {list(names.values())}"
@@ -173,8 +202,13 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             raise ValueError(f"class label {label} is the null label: leave class_labels out, or set guidance_scale=0")
         if not 0 <= label < num_classes:
             classes = num_classes - (self.null_label is not None)
-            raise ValueError(f"class label {label} is not one of the {classes} classes of the network")
+            raise ValueError(f"class label {label} is not one of the {classes} classes of the {whose}")
         return label
+
+    @property
+    def _names_of_classifier(self) -> dict[int, str]:
+        names = None if self.classifier is None else self.classifier.config.get("id2label")
+        return _with_integer_ids(names or {})
 
     def _run_size(
         self,
@@ -195,8 +229,10 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             raise ValueError(f"need one positive batch size, got {stated}")
         return next(iter(stated.values()), 1)
 
-    def _check_guidance(self, class_labels: ClassLabels | None, guidance_scale: float) -> None:
-        conditional = self.unet.config.get("num_class_embeds") is not None
+    def _check_guidance(
+        self, class_labels: ClassLabels | None, guidance_scale: float, classifier_scale: float
+    ) -> None:
+        conditional = self._network_is_conditional
         if class_labels is None and guidance_scale not in (0, 1):
             raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide towards")
         if conditional and self.null_label is None and (class_labels is None or guidance_scale != 1):
@@ -204,6 +240,34 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
                 f"the network is class-conditional and has no null label: it needs class_labels and guidance_scale=1, "
                 f"got class_labels={class_labels} and guidance_scale={guidance_scale}"
             )
+
+        if not conditional and class_labels is not None:
+            if guidance_scale not in (0, 1):
+                raise ValueError(f"guidance_scale={guidance_scale} needs a network with classes, this one has none")
+            if classifier_scale == 0:
+                raise ValueError(
+                    f"class_labels={class_labels} mean nothing here: the network has no classes "
+                    "(num_class_embeds=None), and classifier_scale=0"
+                )
+        if classifier_scale != 0:
+            self._check_classifier(class_labels, classifier_scale)
+
+    def _check_classifier(self, class_labels: ClassLabels | None, classifier_scale: float) -> None:
+        if self.classifier is None:
+            raise ValueError(f"classifier_scale={classifier_scale} needs a classifier, and this pipeline has none")
+        if class_labels is None:
+            raise ValueError(f"classifier_scale={classifier_scale} needs class_labels to guide towards")
+        ids, num_classes = self.label_ids(class_labels), self.classifier.config.num_classes
+        if max(ids, default=0) >= num_classes:
+            raise ValueError(f"class label {max(ids)} is not one of the {num_classes} classes of the classifier")
+        ours, theirs = self.id2label or {}, self._names_of_classifier
+        different = {i: (ours[i], theirs[i]) for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
+        if different:
+            raise ValueError(f"the pipeline and its classifier name classes differently, as (ours, its): {different}")
+
+    @property
+    def _network_is_conditional(self) -> bool:
+        return self.unet.config.get("num_class_embeds") is not None
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in OUTPUT_TYPES:
@@ -215,7 +279,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
     def _initial_sample(
         self, batch_size: int, generator: Generators | None, latents: torch.Tensor | None
     ) -> torch.Tensor:
-        """Unit noise times `init_noise_sigma`; a half-precision network is still sampled in float32."""
+        """Where the chain starts, as a rule unit noise; a half-precision network is still sampled in float32."""
         channels, size = self.unet.config.in_channels, self.unet.config.sample_size
         device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
@@ -223,10 +287,11 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
                 raise ValueError("unet.config.sample_size is None: pass the initial noise as latents=(B, C, H, W)")
             height, width = (size, size) if isinstance(size, int) else size
             shape = (batch_size, channels, height, width)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            draw = getattr(self.scheduler, "terminal_sample", randn_tensor)  # of a process that does not end in noise
+            latents = draw(shape, generator=generator, device=device, dtype=dtype)
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents must have the shape (B, {channels}, H, W), got {tuple(latents.shape)}")
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # a flow has none
 
     def _set_timesteps(self, num_inference_steps: int, timesteps: Sequence[int] | None) -> int:
         """Sets the scheduler up and returns the number of noise levels; `order` entries of its schedule make one."""
@@ -247,12 +312,14 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         class_labels: torch.Tensor | None,
         null_labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """eps_u + w (eps_c - eps_u) at x_t; one network call if w is 0 or 1, else one call on the doubled batch.
+        """eps_u + w (eps_c - eps_u) at x_t, and what the classifier adds to it.
+
+        One network call if w is 0 or 1, else one call on the doubled batch; no call of the classifier if w_y is 0.
 
         Args:
             sample: x_t as the scheduler keeps it, (B, C, H, W).
             t: Train timestep, ().
-            class_labels: Class ids, (B,); None for a network without classes.
+            class_labels: Class ids, (B,); None if neither network nor classifier is asked for a class.
             null_labels: The null label B times, (B,); None for a network without one.
 
         Returns:
@@ -260,9 +327,11 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             extrapolated: it is that of the conditional answer, or of the only one.
         """
         w, C = self.guidance_scale, sample.shape[1]
-        x = self.scheduler.scale_model_input(sample, t).to(self.unet.dtype)
+        x_t = self._as_seen(sample, t)
+        x = x_t.to(self.unet.dtype)
         if w == 1:
-            output = self._network(x, t, class_labels).to(sample.dtype)
+            labels = class_labels if self._network_is_conditional else None
+            output = self._network(x, t, labels).to(sample.dtype)
         elif w == 0:
             output = self._network(x, t, null_labels).to(sample.dtype)
         else:
@@ -271,7 +340,15 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             eps_u, eps_c = unconditional[:, :C], conditional[:, :C]
             output = torch.cat([eps_u + w * (eps_c - eps_u), conditional[:, C:]], dim=1)
 
+        if self.classifier_scale != 0:
+            guidance = classifier_guidance(self.classifier, self.scheduler, x_t, t, class_labels)
+            output = torch.cat([output[:, :C] + self.classifier_scale * guidance, output[:, C:]], dim=1)
         return output if self.scheduler.config.get("variance_type") in LEARNED_VARIANCES else output[:, :C]
+
+    def _as_seen(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t for the networks. Schedulers of flows in Diffusers have no `scale_model_input`: it is the state."""
+        scale_model_input = getattr(self.scheduler, "scale_model_input", None)
+        return sample if scale_model_input is None else scale_model_input(sample, t)
 
     def _network(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         """One call, checked: a scheduler would broadcast wrong channels without complaint."""
@@ -291,6 +368,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         batch_size: int | None = None,
         class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
+        classifier_scale: float = 0.0,
         num_inference_steps: int = 50,
         timesteps: Sequence[int] | None = None,
         generator: Generators | None = None,
@@ -308,12 +386,15 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             batch_size: Number of images, B. Taken from `class_labels`, `generator` or `latents` if they have a length;
                 1 if none does.
             class_labels: One label for all images or one per image, each a class id or a name of `id2label`. None
-                draws from the null class.
+                draws from the null class. They are also what the classifier is asked for.
             guidance_scale: w. 1 follows the condition and 0 ignores it, both with one network call per step.
+            classifier_scale: w_y. 0 does without the classifier; with guidance_scale=0 or an unconditional network, 1
+                follows the class as the classifier knows it, and more exaggerates it.
             num_inference_steps: Number of noise levels, N.
             timesteps: Train timesteps to use instead, decreasing.
             generator: One for the batch, or a list with one per image; with a list no image depends on the others.
-            latents: Initial standard normal noise, (B, C, H, W), by Diffusers' name for the state; drawn if None.
+            latents: Initial state, (B, C, H, W), by Diffusers' name for it: standard normal noise or, of cold
+                diffusion, degraded images. Drawn if None.
             eta: Passed to schedulers that have it, as `DDIMScheduler`; the others ignore it.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", the state itself.
             return_dict: Return a `GuidedDiffusionPipelineOutput` rather than a tuple.
@@ -327,7 +408,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
 
         Raises:
             ValueError: If the arguments disagree on B, a label is unknown, guidance is asked of a model without a null
-                label, or the output type does not exist for this number of channels.
+                label or classifier, or the output type does not exist for this number of channels.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -335,10 +416,11 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         if unknown:
             raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {sorted(unknown)}")
         self._check_output_type(output_type)
-        self._check_guidance(class_labels, guidance_scale)
+        self._check_guidance(class_labels, guidance_scale, classifier_scale)
         batch_size = self._run_size(batch_size, class_labels, generator, latents)
 
         self._guidance_scale = guidance_scale
+        self._classifier_scale = classifier_scale
         self._interrupt = False
 
         null_labels = self._label_tensor(self.null_label, batch_size)
@@ -394,6 +476,11 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         if label_ids is None:
             return None
         return torch.tensor(label_ids, device=self._execution_device).reshape(-1).expand(batch_size)
+
+
+def _with_integer_ids(id2label: dict[int, str] | dict[str, str]) -> dict[int, str]:
+    """JSON makes every key a string."""
+    return {int(label): name for label, name in id2label.items()}
 
 
 def _is_single(class_labels: ClassLabels | None) -> bool:

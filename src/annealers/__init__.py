@@ -13,19 +13,28 @@ if TYPE_CHECKING:
 
     from annealers import exact
     from annealers.hub import export
-    from annealers.pipelines import AnnealersPipeline, CorrectorGuidanceCallback, GuidedDiffusionPipeline
+    from annealers.models import NoisyClassifierModel, PointScoreModel, ScoreUNetModel
+    from annealers.pipelines import (
+        AnnealersPipeline,
+        CorrectorGuidanceCallback,
+        GuidedDiffusionPipeline,
+        RestorationPipeline,
+    )
     from annealers.schedulers import (
         AnnealedLangevinScheduler,
+        ColdDiffusionScheduler,
         DDPMAncestralScheduler,
         ModifiedEulerMaruyamaScheduler,
         PredictorCorrectorScheduler,
     )
+    from annealers.score_sde import load_score_sde_ve
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AnnealedLangevinScheduler",
     "AnnealersPipeline",
+    "ColdDiffusionScheduler",
     "ConfigMixin",
     "CorrectorGuidanceCallback",
     "DDPMAncestralScheduler",
@@ -33,10 +42,15 @@ __all__ = [
     "GuidedDiffusionPipeline",
     "ModelMixin",
     "ModifiedEulerMaruyamaScheduler",
+    "NoisyClassifierModel",
+    "PointScoreModel",
     "PredictorCorrectorScheduler",
+    "RestorationPipeline",
     "SchedulerMixin",
+    "ScoreUNetModel",
     "exact",
     "export",
+    "load_score_sde_ve",
 ]
 
 _HOMES = {
@@ -45,13 +59,19 @@ _HOMES = {
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
     "AnnealedLangevinScheduler": "annealers.schedulers",
+    "ColdDiffusionScheduler": "annealers.schedulers",
     "DDPMAncestralScheduler": "annealers.schedulers",
     "ModifiedEulerMaruyamaScheduler": "annealers.schedulers",
     "PredictorCorrectorScheduler": "annealers.schedulers",
+    "NoisyClassifierModel": "annealers.models",
+    "PointScoreModel": "annealers.models",
+    "ScoreUNetModel": "annealers.models",
     "AnnealersPipeline": "annealers.pipelines",
     "CorrectorGuidanceCallback": "annealers.pipelines",
     "GuidedDiffusionPipeline": "annealers.pipelines",
+    "RestorationPipeline": "annealers.pipelines",
     "export": "annealers.hub",
+    "load_score_sde_ve": "annealers.score_sde",
 }
 
 
