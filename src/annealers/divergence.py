@@ -13,6 +13,7 @@ splines", Communications in Statistics 18; Grathwohl, Chen, Bettencourt, Sutskev
 arXiv:1810.01367 (one probe for a whole integration).
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -53,15 +54,11 @@ def divergence(
         value = function(x)
         if value.shape != x.shape:
             raise ValueError(f"the function must keep the shape {tuple(x.shape)}, got {tuple(value.shape)}")
-        if not value.requires_grad:
-            raise ValueError("the output of the function does not depend on x for autograd: it has no divergence")
         total = torch.zeros(len(x), dtype=working_dtype(x), device=x.device)
-        count = 0
         for v in _unit_vectors(x) if probes is None else probes:
-            (product,) = torch.autograd.grad(value, x, v, retain_graph=True, create_graph=trains)  # v^T J
-            total = total + (product * v).reshape(len(x), -1).sum(dim=1)
-            count += 1
-    total = total if probes is None else total / count
+            product = _vector_jacobian_product(value, x, v, trains).to(total.dtype) * v
+            total = total + product.reshape(len(x), math.prod(x.shape[1:])).sum(dim=1)
+    total = total if probes is None else total / len(probes)
     return (value, total) if trains else (value.detach(), total.detach())
 
 
@@ -88,6 +85,16 @@ def draw_probes(
         raise ValueError(f"probes must be one of {PROBE_KINDS}, got {kind!r}")
     normal = torch.stack([standard_normal(x, generator, working_dtype(x)) for _ in range(count)])
     return (normal if kind == "gaussian" else torch.where(normal < 0, -1.0, 1.0)).to(x.dtype)
+
+
+def _vector_jacobian_product(value: torch.Tensor, x: torch.Tensor, v: torch.Tensor, trains: bool) -> torch.Tensor:
+    """v^T J, (B, *)."""
+    product = None
+    if value.requires_grad:
+        (product,) = torch.autograd.grad(value, x, v, retain_graph=True, create_graph=trains, allow_unused=True)
+    if product is None:
+        raise ValueError("the output of the function does not depend on x for autograd: it has no divergence")
+    return product
 
 
 def _unit_vectors(x: torch.Tensor) -> Iterator[torch.Tensor]:

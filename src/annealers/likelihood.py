@@ -46,12 +46,12 @@ from scipy.interpolate import PchipInterpolator
 
 from annealers.calibration import Model
 from annealers.divergence import PROBE_KINDS, Generators, divergence, draw_probes
-from annealers.losses import prior_bound_term, variational_bound_term
+from annealers.losses import decoder_term, divergence_term, prior_bound_term
 from annealers.metrics import mean_and_standard_error
 from annealers.ode import solve_each
 from annealers.schedulers import DDPMAncestralScheduler
 from annealers.schedulers.gaussian_path import Level, standard_normal, working_dtype
-from annealers.schedulers.reverse_variance import TWO_HEADED
+from annealers.schedulers.reverse_variance import TWO_HEADED, VARIANCE_TYPES
 
 BIN_WIDTH = 2 / 255  # of the 256 levels on [-1, 1]
 LOG_2 = math.log(2)
@@ -116,7 +116,9 @@ def chain_scheduler(
     """
     chosen = {"variance_type": variance_type, "timestep_spacing": timestep_spacing}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    return DDPMAncestralScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False, **chosen)
+    # Diffusers drops the settings that it lists as defaults, among them all that were given by position.
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    return DDPMAncestralScheduler.from_config(config, clip_sample=False, thresholding=False, **chosen)
 
 
 @torch.no_grad()
@@ -142,8 +144,8 @@ def variational_bound(
         num_inference_steps: Number of levels N, spaced as the scheduler says; None, without `timesteps`, for all.
         timesteps: The levels themselves instead.
         variance_type, timestep_spacing: Instead of the scheduler's, see `chain_scheduler`.
-        evaluated_steps: Steps to compute per image, besides the last, one at random in each of as many equal parts of
-            the schedule, which stand for all: the result is an estimate without bias, and says so. None for all.
+        evaluated_steps: Steps to compute per image, at most and besides the last, one at random in each of as many
+            parts of the schedule, to stand for all: the result is an estimate without bias, and says so. None for all.
         generator: Source of the noise; a list gives each image its own.
 
     Raises:
@@ -152,38 +154,143 @@ def variational_bound(
     chain = chain_scheduler(scheduler, variance_type, timestep_spacing)
     if num_inference_steps is not None or timesteps is not None:
         chain.set_timesteps(num_inference_steps, timesteps=timesteps)
-    else:
-        chain.set_timesteps(timesteps=chain.train_timesteps[::-1].copy())
-    levels = chain.timesteps.to(images.device)  # decreasing
-    data = torch.full_like(levels[:1], int(chain.train_timesteps[0]) - 1)
-    following = torch.cat([levels[1:], data])
+    return variational_bounds(model, [chain], images, evaluated_steps, generator, **model_kwargs)[0]
+
+
+@torch.no_grad()
+def variational_bounds(
+    model: Model,
+    chains: Sequence[DDPMAncestralScheduler],
+    images: torch.Tensor,
+    evaluated_steps: int | None = None,
+    generator: Generators | None = None,
+    **model_kwargs: object,
+) -> list[VariationalBound]:
+    """The bounds of several chains on one path, with different schedules or variances.
+
+    A level is visited once, for all chains that have it, so they meet the same noise there and share the network call.
+
+    Args:
+        model, images, evaluated_steps, generator, model_kwargs: As in `variational_bound`. Where only some steps are
+            computed, chains of the same schedule share them.
+        chains: Made by `chain_scheduler`, each with its schedule set; it is the whole chain otherwise.
+
+    Returns:
+        The bound of each chain.
+
+    Raises:
+        ValueError: If there is no chain, the chains are not on one path, or `evaluated_steps` is not positive.
+    """
+    _check_chains(chains)
+    path = chains[0]
     x_0 = images.to(working_dtype(images))
+    zeros = torch.zeros(len(x_0), dtype=x_0.dtype, device=x_0.device)
+    steps, decoder = [zeros.clone() for _ in chains], [zeros.clone() for _ in chains]
+    visits, samplings = _plan(chains, evaluated_steps)
 
-    def term(index: torch.Tensor) -> torch.Tensor:
-        t, s = levels[index], following[index]
-        x_t = chain.add_noise(x_0, standard_normal(x_0, generator, x_0.dtype), t)
-        output = _output(model(x_t.to(images.dtype), t, **model_kwargs), x_0, chain)
-        return variational_bound_term(chain, output, x_0, x_t, t, s)
+    def visit(t: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        x_t = path.add_noise(x_0, standard_normal(x_0, generator, x_0.dtype), t)
+        return x_t, model(x_t.to(images.dtype), t, **model_kwargs)
 
-    prior = prior_bound_term(chain, x_0, levels[0].item())
-    steps = torch.zeros_like(prior)
-    parts = _parts(len(levels) - 1, evaluated_steps)
-    for start, stop in tqdm(parts, desc="variational bound"):
-        offset = (_uniform(x_0, generator) * (stop - start)).long() if stop - start > 1 else 0
-        steps += (stop - start) * term(offset + torch.full((len(x_0),), start, device=x_0.device))
-    decoder = term(torch.full((len(x_0),), len(levels) - 1, device=x_0.device))
+    def arguments(index: int, seen: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x_t, output = seen
+        return _output(output, x_0, chains[index]), x_0, x_t
 
-    estimated = "" if len(parts) == len(levels) - 1 else f", estimated by {len(parts)} of them and the last"
-    kind = f"variational bound, {chain.config.variance_type}, {len(levels)} steps{estimated}"
-    return VariationalBound(prior + steps + decoder, kind, prior, steps, decoder)
+    def everywhere(timestep: float) -> torch.Tensor:
+        return torch.full((len(x_0),), timestep, dtype=path.timesteps.dtype, device=x_0.device)
+
+    with tqdm(total=len(visits) + sum(len(sampling.parts) for sampling in samplings), desc="variational bound") as bar:
+        for timestep, walkers in visits.items():
+            t = everywhere(timestep)
+            seen = visit(t)
+            for index, following in walkers:
+                total, term = (decoder, decoder_term) if following == _data(path) else (steps, divergence_term)
+                total[index] += term(chains[index], *arguments(index, seen), t, everywhere(following))
+            bar.update()
+        for sampling in samplings:
+            levels = torch.tensor(sampling.levels, dtype=path.timesteps.dtype, device=x_0.device)
+            for start, stop in sampling.parts:
+                position = start + (_uniform(x_0, generator) * (stop - start)).long()
+                t = levels[position]
+                seen = visit(t)
+                for index in sampling.walkers:
+                    divergence = divergence_term(chains[index], *arguments(index, seen), t, levels[position + 1])
+                    steps[index] += (stop - start) * divergence
+                bar.update()
+
+    bounds = []
+    for index, chain in enumerate(chains):
+        prior = prior_bound_term(chain, x_0, chain.timesteps[0].item())
+        estimated = [f", estimated by {len(s.parts)} of them and the last" for s in samplings if index in s.walkers]
+        variance = VARIANCE_TYPES[chain.config.variance_type]
+        kind = f"variational bound, {variance}, {len(chain.timesteps)} steps{''.join(estimated)}"
+        total = prior + steps[index] + decoder[index]
+        bounds.append(VariationalBound(total, kind, prior, steps[index], decoder[index]))
+    return bounds
 
 
-def _parts(count: int, parts: int | None) -> list[tuple[int, int]]:
-    """0 .. count - 1 cut into contiguous parts that differ by at most one in length, as (start, stop)."""
-    if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int) or parts < 1):
-        raise ValueError(f"evaluated_steps must be a positive integer, got {parts!r}")
-    ends = np.linspace(0, count, min(parts or count, count) + 1).round().astype(int)
-    return list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+def _check_chains(chains: Sequence[DDPMAncestralScheduler]) -> None:
+    if not chains:
+        raise ValueError("need at least one chain")
+    everywhere = torch.as_tensor(chains[0].train_timesteps)
+    for chain in chains:
+        same_path = len(chain) == len(chains[0]) and chain.config.prediction_type == chains[0].config.prediction_type
+        if not same_path or not all(map(torch.equal, *(c.signal_and_noise(everywhere) for c in (chain, chains[0])))):
+            raise ValueError("the chains must be on one path, with one prediction type")
+        chain._check_terminal_snr(chain._level(chain.timesteps[0].item()))
+
+
+def _data(path: DDPMAncestralScheduler) -> int:
+    """The timestep of the data."""
+    return int(path.train_timesteps[0]) - 1
+
+
+class _Sampling(NamedTuple):
+    """A schedule of which one step in each part, (start, stop), is computed, for the chains that walk it."""
+
+    levels: tuple[float, ...]
+    parts: list[tuple[int, int]]
+    walkers: list[int]
+
+
+def _plan(
+    chains: Sequence[DDPMAncestralScheduler], evaluated_steps: int | None
+) -> tuple[dict[float, list[tuple[int, float]]], list[_Sampling]]:
+    """The levels to visit, decreasing, each with the chains there and where they go next; and those to sample from."""
+    if evaluated_steps is not None and (
+        isinstance(evaluated_steps, bool) or not isinstance(evaluated_steps, int) or evaluated_steps < 1
+    ):
+        raise ValueError(f"evaluated_steps must be a positive integer, got {evaluated_steps!r}")
+    visits: dict[float, list[tuple[int, float]]] = {}
+    samplings: dict[tuple[float, ...], _Sampling] = {}
+    for index, chain in enumerate(chains):
+        levels = tuple(chain.timesteps.tolist())
+        steps = list(zip(levels, [*levels[1:], _data(chain)], strict=True))
+        if evaluated_steps is not None and evaluated_steps < len(levels) - 1:
+            sampling = samplings.setdefault(levels, _Sampling(levels, _parts(chain, evaluated_steps), []))
+            sampling.walkers.append(index)
+            steps = steps[-1:]
+        for timestep, following in steps:
+            visits.setdefault(timestep, []).append((index, following))
+    return dict(sorted(visits.items(), reverse=True)), list(samplings.values())
+
+
+def log_information(chain: DDPMAncestralScheduler, timesteps: torch.Tensor) -> np.ndarray:
+    """log(1 + SNR) at train timesteps, (N,): twice what x_t tells of standard normal data, in nats per value."""
+    alpha, sigma = chain.signal_and_noise(timesteps.cpu())
+    return torch.log1p((alpha / sigma) ** 2).numpy()
+
+
+def _parts(chain: DDPMAncestralScheduler, count: int) -> list[tuple[int, int]]:
+    """The steps of a schedule but the last, cut into at most `count` contiguous parts, as (start, stop).
+
+    Each part has the same share of log(1 + SNR), as far as whole steps allow, so for standard normal data all cost
+    alike. The few steps near the data, which cost most, are then parts of their own.
+    """
+    information = log_information(chain, chain.timesteps)  # increasing
+    ends = np.searchsorted(information, np.linspace(information[0], information[-1], count + 1)[1:-1])
+    ends = np.unique([0, *ends, len(information) - 1]).tolist()
+    return list(zip(ends[:-1], ends[1:], strict=True))
 
 
 def _uniform(x: torch.Tensor, generator: Generators | None) -> torch.Tensor:
@@ -201,6 +308,17 @@ def _output(output: Any, sample: torch.Tensor, chain: DDPMAncestralScheduler) ->
 
 
 # ---- the probability-flow ODE ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class FlowBits(BitsPerDim):
+    """Bits per dimension by the flow.
+
+    Args:
+        calls: Network calls of each sample, (N,).
+    """
+
+    calls: torch.Tensor
 
 
 class FlowLogProb(NamedTuple):
@@ -267,20 +385,25 @@ def probability_flow_log_prob(
 class NetworkNoise:
     """eps-hat of a network at any noise ratio, between its train timesteps too.
 
-    The timestep of a ratio is interpolated by a monotone cubic in log ς (Fritsch & Carlson 1980), smooth enough for
-    the error control; networks with sinusoidal or Fourier embeddings take fractional timesteps.
+    On a flow path the timestep of a ratio is T ς / (1 + ς); elsewhere it is interpolated by a monotone cubic in log ς
+    (Fritsch & Carlson 1980), smooth enough for the error control. Networks with sinusoidal or Fourier embeddings take
+    fractional timesteps.
 
     Args:
         model: The network, as in `variational_bound`.
         scheduler: Of annealers or Diffusers: says what the network predicts, and on which path.
+        dtype: In which the network takes its samples; None for that of the states.
         model_kwargs: Conditions, such as `class_labels`; tensors with one entry per sample follow their samples.
 
     Attributes:
         smallest_ratio, largest_ratio: The noise ratios of the first train timestep and of the last that has signal.
     """
 
-    def __init__(self, model: Model, scheduler: ConfigMixin, **model_kwargs: object) -> None:
-        self.model, self.path, self.model_kwargs = model, chain_scheduler(scheduler), model_kwargs
+    def __init__(
+        self, model: Model, scheduler: ConfigMixin, dtype: torch.dtype | None = None, **model_kwargs: object
+    ) -> None:
+        self.model, self.dtype, self.model_kwargs = model, dtype, model_kwargs
+        self.path = chain_scheduler(scheduler, variance_type="fixed_small")  # a learned variance is of no use here
         ratios = self.path._ratios()
         if len(ratios) < 2:
             raise ValueError(f"a flow needs two train timesteps with signal, got {len(ratios)}")
@@ -289,10 +412,10 @@ class NetworkNoise:
 
     def timesteps(self, ratio: torch.Tensor) -> torch.Tensor:
         """The fractional train timesteps of noise ratios, (b,)."""
-        log_ratio = (
-            ratio.double().log().cpu().numpy().clip(math.log(self.smallest_ratio), math.log(self.largest_ratio))
-        )
-        return torch.from_numpy(self._timestep(log_ratio)).to(ratio.device)
+        ratio = ratio.double().clamp(self.smallest_ratio, self.largest_ratio)
+        if self.path._is_flow:
+            return ratio / (1 + ratio) * len(self.path)
+        return torch.from_numpy(self._timestep(ratio.log().cpu().numpy())).to(ratio.device)
 
     def __call__(self, x: torch.Tensor, ratio: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """eps-hat at variance-preserving states, (b, *)."""
@@ -300,8 +423,8 @@ class NetworkNoise:
         alpha = 1 / (1 + column) if self.path._is_flow else 1 / (1 + column**2).sqrt()
         x_t = x * (alpha * (1 + column**2).sqrt())  # in the coordinates of the path
         kwargs = {name: _rows_of(value, rows) for name, value in self.model_kwargs.items()}
-        output = self.model(x_t, self.timesteps(ratio).to(x.dtype), **kwargs)
-        prediction = _output(output, x, self.path)[:, : x.shape[1]]
+        output = self.model(x_t.to(self.dtype or x.dtype), self.timesteps(ratio).to(x.dtype), **kwargs)
+        prediction = _output(output, x, self.path).to(x.dtype)
         noise, _ = self.path._noise_and_original(prediction, x_t, Level(0, alpha, alpha * column))
         return noise
 
@@ -316,7 +439,7 @@ def probability_flow_bits(
     absolute_tolerance: float = 1e-5,
     generator: Generators | None = None,
     **model_kwargs: object,
-) -> BitsPerDim:
+) -> FlowBits:
     """Bits per dimension of images by the probability-flow ODE, with uniform dequantisation.
 
     Args:
@@ -331,14 +454,15 @@ def probability_flow_bits(
     """
     if probe_kind not in PROBE_KINDS:
         raise ValueError(f"probes must be one of {PROBE_KINDS}, got {probe_kind!r}")
-    noise = NetworkNoise(model, scheduler, **model_kwargs)
+    noise = NetworkNoise(model, scheduler, images.dtype, **model_kwargs)
     x = dequantised(images, generator)
     drawn = None if probes is None else draw_probes(x, probes, probe_kind, generator)
-    log_prob, _, _ = probability_flow_log_prob(
+    log_prob, _, calls = probability_flow_log_prob(
         noise, x, noise.smallest_ratio, noise.largest_ratio, drawn, relative_tolerance, absolute_tolerance
     )
     by = "exact divergence" if probes is None else f"{probes} {probe_kind} probe{'s' if probes > 1 else ''}"
-    return BitsPerDim(discrete_bits(log_prob, x[0].numel()), f"probability flow, {by}, uniform dequantisation")
+    kind = f"probability flow, {by}, uniform dequantisation"
+    return FlowBits(discrete_bits(log_prob, x[0].numel()), kind, calls)
 
 
 def dequantised(images: torch.Tensor, generator: Generators | None = None) -> torch.Tensor:

@@ -5,6 +5,7 @@ r"""Losses and likelihood terms of diffusion models: pure functions, one number 
     normal_kl                 KL of two normal laws, the parts of the bound
     variational_bound_term    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)),
                               L_0 = -log p(x_0 | x_1) with the 8-bit decoder          Ho et al. 2020, Eqs. 5, 13
+    divergence_term, decoder_term    these two, for steps of which it is known that they are of one kind
     prior_bound_term          L_T = KL(q(x_T | x_0) || N(0, I))                       Ho et al. 2020, Eq. 5
     hybrid_loss               T L_{t-1} with the mean detached                        Nichol & Dhariwal 2021, Sec. 3.1
 
@@ -168,12 +169,53 @@ def variational_bound_term(
     """
     s = timesteps - 1 if previous_timesteps is None else previous_timesteps
     mean, log_variance, _ = scheduler.reverse_law(model_output, sample, timesteps, previous_timesteps)
-    true_mean, true_variance = scheduler.posterior(original_samples, sample, timesteps, s)
     # To the data the posterior is a point: the divergence is infinite there, with a finite gradient, and not used.
-    divergence = mean_flat(normal_kl(true_mean, true_variance.log(), mean, log_variance))
-    decoder = -mean_flat(discretized_gaussian_log_likelihood(original_samples, mean, 0.5 * log_variance))
-    to_the_data = s < int(scheduler.train_timesteps[0])
-    return torch.where(to_the_data, decoder, divergence) / math.log(2)
+    divergence = _divergence(scheduler, mean, log_variance, original_samples, sample, timesteps, s)
+    to_the_data = s <= int(scheduler.train_timesteps[0]) - 1  # on a flow path there are levels between
+    return torch.where(to_the_data, _decoder(mean, log_variance, original_samples), divergence)
+
+
+def divergence_term(
+    scheduler: ReverseChain,
+    model_output: torch.Tensor,
+    original_samples: torch.Tensor,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    previous_timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """`variational_bound_term` of steps that do not lead to the data, at a fraction of its cost."""
+    mean, log_variance, _ = scheduler.reverse_law(model_output, sample, timesteps, previous_timesteps)
+    return _divergence(scheduler, mean, log_variance, original_samples, sample, timesteps, previous_timesteps)
+
+
+def decoder_term(
+    scheduler: ReverseChain,
+    model_output: torch.Tensor,
+    original_samples: torch.Tensor,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    previous_timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """`variational_bound_term` of steps that lead to the data."""
+    mean, log_variance, _ = scheduler.reverse_law(model_output, sample, timesteps, previous_timesteps)
+    return _decoder(mean, log_variance, original_samples)
+
+
+def _divergence(
+    scheduler: ReverseChain,
+    mean: torch.Tensor,
+    log_variance: torch.Tensor,
+    x_0: torch.Tensor,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    s: torch.Tensor,
+) -> torch.Tensor:
+    true_mean, true_variance = scheduler.posterior(x_0, x_t, t, s)
+    return mean_flat(normal_kl(true_mean, true_variance.log(), mean, log_variance)) / math.log(2)
+
+
+def _decoder(mean: torch.Tensor, log_variance: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+    return -mean_flat(discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)) / math.log(2)
 
 
 def prior_bound_term(

@@ -68,7 +68,8 @@ def solve_each(
     step = torch.full_like(time, FIRST_STEP * (end - start))
     slope = derivative(time, state, rows)
     calls += 1
-    with tqdm(total=100, desc="probability flow", unit="%") as progress:
+    shown = 0  # a disabled bar does not count
+    with tqdm(total=100, desc="integrating", unit="%") as progress:
         for _ in range(max_steps):
             arrives = (time + step - end) * np.sign(end - start) >= 0
             step = torch.where(arrives, end - time, step)
@@ -87,7 +88,8 @@ def solve_each(
             result[rows[done]] = state[done]
             rows, time, state, step, slope = (values[~done] for values in (rows, time, state, step, slope))
             slowest = 1.0 if len(rows) == 0 else ((time - start) / (end - start)).min().item()
-            progress.update(int(100 * slowest) - progress.n)
+            progress.update(int(100 * slowest) - shown)
+            shown = int(100 * slowest)
             if len(rows) == 0:
                 return Solution(result, calls)
             if step.abs().min() < SMALLEST_STEP * abs(end - start):
