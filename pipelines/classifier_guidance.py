@@ -38,8 +38,11 @@ read one train timestep nearer to the data.
     w                                                weight; 0 is no guidance
 """
 
+from contextlib import nullcontext
+
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def classifier_guidance(
@@ -80,14 +83,15 @@ def log_likelihood_gradient(
     """
     again = torch.is_grad_enabled() and sample.requires_grad
     dtype = torch.promote_types(sample.dtype, torch.float32)
-    with torch.inference_mode(False), torch.enable_grad():
+    attention = sdpa_kernel(SDPBackend.MATH) if again else nullcontext()  # no other kernel has a second derivative
+    with torch.inference_mode(False), torch.enable_grad(), attention:
         x = sample.to(dtype) if again else sample.detach().to(dtype, copy=True).requires_grad_()
         logits = classifier(x.to(classifier.dtype), timestep.clone(), return_dict=False)[0]
         log_likelihood = torch.log_softmax(logits.to(x.dtype), dim=1).gather(1, labels.clone()[:, None])  # (B, 1)
         return torch.autograd.grad(log_likelihood.sum(), x, create_graph=again)[0]  # no image depends on another
 
 
-def change_per_score(prediction_type: str, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def change_per_score(prediction_type: str | None, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """How much an ideal prediction at the path point (alpha, sigma) changes for each unit of score.
 
     Raises:
