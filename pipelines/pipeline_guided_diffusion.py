@@ -94,7 +94,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
 
     Raises:
         ValueError: If `id2label` or `null_label` are not among the classes of the network, or, where that has none,
-            of the classifier.
+            of the classifier. Without either, names mean nothing, and are kept for the classifier to come.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -135,7 +135,8 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             num_classes, source = num_embeds, "unet.config.num_class_embeds"
             if classifier is not None and num_embeds == 0:
                 num_classes, source = classifier.config.num_classes, "classifier.config.num_classes"
-            if not all(0 <= label < num_classes for label in id2label):
+            knows_classes = num_embeds > 0 or classifier is not None  # else it was saved with a classifier, as may be
+            if knows_classes and not all(0 <= label < num_classes for label in id2label):
                 raise ValueError(f"id2label names {sorted(id2label)}, but {source}={num_classes}")
         if null_label is not None and not 0 <= null_label < num_embeds:
             raise ValueError(f"null_label={null_label} is not below unet.config.num_class_embeds={num_embeds}")

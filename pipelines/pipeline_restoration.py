@@ -10,6 +10,7 @@ The pipeline draws from p(x_0 | y), where y = H x_0 + sigma_y n is what was meas
     "replacement"   known pixels replaced (Lugmayr et al. 2022)         the posterior if pixels are independent
     "ddrm"          the update of Kawar et al. 2022, for comparison     not the posterior
 
+What is said of "covariance" is so where the path begins with pure noise; else it has the error of the start.
 Formulas, proof and sources are in `annealers.restoration`, the operators in `annealers.measurements`.
 
 Of the scheduler it uses the path, the placement of levels, what restricts x̂_0 and the calibration; the steps are those
@@ -51,7 +52,7 @@ from annealers.restoration import (
     SpectralPosterior,
     resampled_levels,
 )
-from annealers.schedulers.gaussian_path import DATA, GaussianPathScheduler, Level, standard_normal, transition
+from annealers.schedulers.gaussian_path import DATA, Level, standard_normal, transition
 
 METHODS = ("spectral", "covariance", "replacement", "ddrm")
 UNCERTAINTIES = ("data_variance", "calibrated", "network")
@@ -83,6 +84,7 @@ class RestorationPipeline(GuidedDiffusionPipeline):
 
     __module__ = "annealers"  # its public name
 
+    @torch.inference_mode(False)  # in which no Jacobian could be had
     @torch.no_grad()
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -153,8 +155,8 @@ class RestorationPipeline(GuidedDiffusionPipeline):
 
         Raises:
             ValueError: If shapes or the arguments' numbers of images do not fit, a name is unknown, the noise level or
-                variance is negative, the method cannot use the operator, the uncertainty was not measured, or the
-                scheduler is not on a Gaussian path.
+                variance is negative, something is not finite, the method cannot use the operator, the uncertainty was
+                not measured, or the scheduler is not on a Gaussian path.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -163,8 +165,11 @@ class RestorationPipeline(GuidedDiffusionPipeline):
             raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {sorted(unknown)}")
         self._check_output_type(output_type)
         self._check_guidance(class_labels, guidance_scale, classifier_scale)
-        self._check_settings(method, uncertainty, noise_level, data_variance)
-        if len(measurement) > 1:
+        self._check_settings(method, uncertainty, noise_level, data_mean, data_variance)
+        if not isinstance(measurement, torch.Tensor) or not measurement.is_floating_point():
+            got = getattr(measurement, "dtype", type(measurement).__name__)
+            raise ValueError(f"the measurement must be a floating-point tensor in [-1, 1], got {got}")
+        if len(measurement) != 1:
             if batch_size not in (None, len(measurement)):
                 raise ValueError(f"{len(measurement)} measurements make as many images, got batch_size={batch_size}")
             batch_size = len(measurement)
@@ -248,11 +253,18 @@ class RestorationPipeline(GuidedDiffusionPipeline):
     # ---- arguments --------------------------------------------------------------------------------------------------
 
     def _check_settings(
-        self, method: str, uncertainty: str, noise_level: float, data_variance: float | torch.Tensor
+        self,
+        method: str,
+        uncertainty: str,
+        noise_level: float,
+        data_mean: float | torch.Tensor,
+        data_variance: float | torch.Tensor,
     ) -> None:
-        if not isinstance(self.scheduler, GaussianPathScheduler):
+        # not by its class, of which an exported scheduler and an exported pipeline have a copy each
+        if not hasattr(self.scheduler, "signal_and_noise"):
             raise ValueError(
-                f"restoration needs a scheduler of annealers, got {type(self.scheduler).__name__}; set "
+                f"restoration needs a scheduler of annealers on a Gaussian path, got {type(self.scheduler).__name__}; "
+                f"if the network was trained on one, set "
                 f"pipeline.scheduler = DDPMAncestralScheduler.from_config(pipeline.scheduler.config)"
             )
         if method not in METHODS:
@@ -272,8 +284,11 @@ class RestorationPipeline(GuidedDiffusionPipeline):
             )
         if not 0 <= noise_level < np.inf:
             raise ValueError(f"noise_level must be at least 0, got {noise_level}")
-        if not (torch.as_tensor(data_variance) > 0).all():
-            raise ValueError(f"data_variance must be positive, got {data_variance}")
+        if not torch.as_tensor(data_mean).isfinite().all():
+            raise ValueError(f"data_mean must be finite, got {data_mean}")
+        variance = torch.as_tensor(data_variance)
+        if not ((variance > 0) & variance.isfinite()).all():
+            raise ValueError(f"data_variance must be positive and finite, got {data_variance}")
 
     def _initial_noise(
         self, image_shape: torch.Size, generator: Generators | None, latents: torch.Tensor | None

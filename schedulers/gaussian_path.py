@@ -648,6 +648,13 @@ def standard_normal(
 
 def _meant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are read off a config, whether it says them or not."""
+    if config.get("degradation", "noise") != "noise":
+        raise ValueError(f"degradation={config['degradation']!r} is of a process without noise: no Gaussian path")
+    if "sigma_max" in config and not {"beta_schedule", "trained_betas", "shift"} & config.keys():
+        raise ValueError(
+            f"a config with sigma_max={config['sigma_max']} and neither a beta_schedule, trained_betas nor a shift is "
+            "of a network that is told sigma, not a timestep; annealers.load_score_sde_ve brings score networks here"
+        )
     if config.get("invert_sigmas"):
         raise ValueError(
             "invert_sigmas=True is of a network that counts its time from the noise, which no scheduler here does"

@@ -16,8 +16,8 @@ both ways are alpha_s x̂_0 + sigma_s z, and that is DDIM without noise (Song et
 A fully degraded image takes the place of the noise that other samplers start from: hand it to a pipeline as
 `latents=`, and it is restored. To draw new images start from `terminal_sample`: a normal law, which `fit_terminal`
 takes from data, of the few coordinates that a fully degraded image has, plus a little noise, because images of exactly
-one colour would all become one image (Sec. 5.2). A pipeline that is given no latents draws unit noise, which is no
-degraded image, unless the degradation is "noise".
+one colour would all become one image (Sec. 5.2). `GuidedDiffusionPipeline` does so if it is given no latents; the
+pipelines of Diffusers draw unit noise, which is no degraded image, unless the degradation is "noise".
 
     symbol    code             shape      meaning
     x_0       original_sample  (B, *)     image
@@ -30,6 +30,7 @@ Arbitrary Image Transforms Without Noise", arXiv:2208.09392; Song, Meng, Ermon 2
 Models", arXiv:2010.02502.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import numpy as np
@@ -146,9 +147,18 @@ class ColdDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 f"prediction_type must be one of {allowed or ['sample']} for the degradation {degradation!r}, got "
                 f"{prediction_type!r}"
             )
+        self._keep_settings()
         self.degradation = self._built_degradation()
         self.num_inference_steps: int | None = None
         self._set_schedule(np.arange(num_train_timesteps)[::-1].copy(), device=None)
+
+    def _keep_settings(self) -> None:
+        """Lets `from_config` keep what was fitted or given by position, which Diffusers takes for defaults."""
+        defaults = inspect.signature(type(self).__init__).parameters
+        listed = self.config.get("_use_default_values", [])
+        still = [name for name in listed if not np.any(self.config[name] != defaults[name].default)]
+        if still != listed:  # a config that was loaded has no such list, and gets none
+            self.register_to_config(_use_default_values=still)
 
     def _built_degradation(self) -> ImageDegradation | Noising:
         config = self.config
@@ -243,7 +253,7 @@ class ColdDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"step takes one timestep for the whole batch, got {timestep.numel()}")
             if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
                 return timestep.storage_offset()
-        value = int(timestep)
+        value = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
         if value not in self._visited:
             raise ValueError(
                 f"timestep {value} is not one of the {len(self._visited)} of the schedule, {self._visited[0]} .. "
@@ -333,12 +343,15 @@ class ColdDiffusionScheduler(SchedulerMixin, ConfigMixin):
             images: x_0, (N, C, H, W), at least two.
 
         Raises:
-            ValueError: For too few images, or if the last timestep leaves more than 1,024 coordinates of an image.
+            ValueError: For too few images or some that are not finite, or if the last timestep leaves more than 1,024
+                coordinates of an image.
         """
         if isinstance(self.degradation, Noising):
             return  # unit noise, whatever the images
         if images.ndim != 4 or len(images) < 2:
             raise ValueError(f"need at least two images (N, C, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point() or not images.isfinite().all():
+            raise ValueError(f"need images of finite numbers in [-1, 1], got {images.dtype} or a value that is not")
         degraded = self.degradation(images.double(), len(self) - 1)
         coordinates = self.degradation.terminal_coordinates(degraded)  # (N, n)
         n = coordinates.shape[1]
@@ -353,6 +366,7 @@ class ColdDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(
             terminal_shape=list(images.shape[1:]), terminal_mean=mean.tolist(), terminal_factor=factor.tolist()
         )
+        self._keep_settings()
 
     def terminal_sample(
         self,

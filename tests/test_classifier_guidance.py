@@ -510,6 +510,21 @@ def test_names_must_be_classes_of_the_classifier_where_the_network_has_none():
 ARGUMENTS = {"class_labels": ["emu", "cat"], "classifier_scale": 2.0, "num_inference_steps": 3, "output_type": "pt"}
 
 
+def test_a_pipeline_can_be_loaded_without_the_classifier_it_was_saved_with(tmp_path):
+    scheduler = DDPMAncestralScheduler()
+    unet = guided_pipeline().unet
+    unconditional = type(unet)(**{**unet.config, "num_class_embeds": None}).eval()
+    names = {0: "cat", 1: "dog", 2: "emu"}
+    GuidedDiffusionPipeline(unconditional, scheduler, names, classifier=small_classifier()).save_pretrained(tmp_path)
+    pipeline = GuidedDiffusionPipeline.from_pretrained(tmp_path, classifier=None)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.classifier is None and len(pipeline(batch_size=2, num_inference_steps=1).images) == 2
+    with pytest.raises(ValueError, match="needs a classifier, and this pipeline has none"):
+        pipeline(class_labels="dog", classifier_scale=1.0)
+    pipeline.classifier = small_classifier()
+    assert pipeline.label_ids("dog") == [1]
+
+
 @pytest.mark.parametrize("loader", [GuidedDiffusionPipeline, AnnealersPipeline])
 def test_a_saved_pipeline_comes_back_with_its_classifier(tmp_path, loader):
     pipeline = small_pipeline(id2label={0: "cat", 1: "dog", 2: "emu"})

@@ -192,6 +192,11 @@ def test_a_function_that_autograd_cannot_follow_is_refused(function):
         divergence(lambda x: function(x) + bias, torch.ones(2, 3))
 
 
+def test_inference_mode_is_named_as_the_cause():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
+        divergence(torch.sin, torch.ones(2, 3))
+
+
 def test_shapes_that_do_not_fit_are_refused():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"keep the shape \(2, 3\), got \(2,\)"):

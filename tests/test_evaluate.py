@@ -272,6 +272,9 @@ def test_labels_that_cannot_be_had_are_an_error(conditional, tmp_path):
     GuidedDiffusionPipeline(unet(classes=2), scheduler(), {0: "cat", 1: "dog"}).save_pretrained(tmp_path / "pets")
     with pytest.raises(ValueError, match="is not one of the network's: cat, dog"):
         results(tmp_path / "pets", tmp_path)
+    GuidedDiffusionPipeline(unet(classes=2), scheduler()).save_pretrained(tmp_path / "nameless")
+    with pytest.raises(ValueError, match=r"is not one of the network's, which are 0 \.\. 1"):
+        results(tmp_path / "nameless", tmp_path)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 
-from annealers.schedulers import DDPMAncestralScheduler
+from annealers.schedulers import ColdDiffusionScheduler, DDPMAncestralScheduler
 from annealers.schedulers.gaussian_path import DATA, Level, Visit, transition
 
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
@@ -177,7 +177,7 @@ def test_trained_betas_are_the_path_whatever_num_train_timesteps_says(betas):
         ({"beta_schedule": "geometric"}, r"0 < sigma_min < sigma_max.*sigma_min=None"),
         ({"beta_schedule": "geometric", "sigma_min": 1.0, "sigma_max": 1.0}, r"sigma_min=1\.0 and sigma_max=1\.0"),
         ({"beta_schedule": "geometric", "sigma_min": 0.0, "sigma_max": 1.0}, r"sigma_min=0\.0"),
-        ({"rescale_betas_zero_snr": True, **LADDER}, r"rescale_betas_zero_snr is for beta schedules"),
+        ({"rescale_betas_zero_snr": True, **LADDER}, r"rescale_betas_zero_snr is for products of betas"),
     ],
 )
 def test_a_path_that_cannot_be_built_is_refused_with_the_value(config, message):
@@ -948,3 +948,15 @@ def test_forward_and_laws_read_no_value_of_a_device():
     assert flow.reverse_law(x, x, times)[0].shape == x.shape
     with pytest.raises(RuntimeError):
         x.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        (ColdDiffusionScheduler(degradation="mask"), "degradation='mask'"),
+        (EDMEulerScheduler(), "sigma_max=80.0"),
+    ],
+)
+def test_a_config_of_another_kind_of_process_is_refused(theirs, named):
+    with pytest.raises(ValueError, match=named):
+        DDPMAncestralScheduler.from_config(theirs.config)

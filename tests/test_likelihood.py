@@ -21,10 +21,19 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+)
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
-from annealers import DDPMAncestralScheduler, likelihood
+from annealers import ColdDiffusionScheduler, DDPMAncestralScheduler, likelihood
 from annealers.calibration import bound_of_schedule
 from annealers.data import to_images
 from annealers.divergence import draw_probes
@@ -757,6 +766,22 @@ def test_arguments_that_do_not_fit_are_refused(corners):
         NetworkNoise(network, build({"num_train_timesteps": 1}))
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [ScoreSdeVeScheduler(), EDMEulerScheduler(), CMStochasticIterativeScheduler(), IPNDMScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_scheduler_that_names_no_path_is_not_taken_for_the_default_one(scheduler):
+    with pytest.raises(ValueError, match=f"'beta_schedule'.*got {type(scheduler).__name__}"):
+        chain_scheduler(scheduler)
+
+
+def test_a_degradation_without_noise_has_no_likelihood():
+    assert len(chain_scheduler(ColdDiffusionScheduler(num_train_timesteps=7, degradation="noise"))) == 7
+    with pytest.raises(ValueError, match="got degradation='blur'"):
+        chain_scheduler(ColdDiffusionScheduler(num_train_timesteps=7, degradation="blur"))
+
+
 def test_chains_on_different_paths_are_refused(corners):
     scheduler = calibrated(SHORT)
     network = network_for(scheduler, "fixed_small")
@@ -769,3 +794,11 @@ def test_chains_on_different_paths_are_refused(corners):
     ):
         with pytest.raises(ValueError, match="on one path"):
             variational_bounds(network, [chain_scheduler(scheduler), chain_scheduler(build(other))], corners)
+
+
+@pytest.mark.parametrize("bits", [variational_bound, probability_flow_bits])
+def test_images_that_are_not_scaled_are_refused(bits):
+    scheduler = DDPMAncestralScheduler(clip_sample=False)
+    model = Gaussian(0.0, variance=1.0).as_model(scheduler)
+    with pytest.raises(ValueError, match=r"scaled to \[-1, 1\], got values of magnitude 255"):
+        bits(model, scheduler, torch.full((2, 1, 4, 4), 255.0))

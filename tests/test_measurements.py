@@ -219,6 +219,7 @@ def test_only_masks_and_the_identity_have_the_pixels_for_coordinates():
         (lambda: Blur([[1.0], [2.0], [3.0]]), "symmetric in each axis"),
         (lambda: Blur(SYMMETRIC, tolerance=1.0), "tolerance must lie in 0 .. 1, without 1, got 1.0"),
         (lambda: Blur(SYMMETRIC, tolerance=-0.1), "tolerance must lie in 0 .. 1, without 1, got -0.1"),
+        (lambda: Blur([math.nan], "circular"), "a kernel must be finite"),
         (lambda: Blur.gaussian(0.0), "sigma must be positive, got 0.0"),
         (lambda: Blur.gaussian(math.inf), "sigma must be positive, got inf"),
         (lambda: Grey("sepia"), "weights must be one of .*got 'sepia'"),

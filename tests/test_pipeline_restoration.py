@@ -8,6 +8,10 @@ else, and so has mean and covariance of the result without Monte Carlo. The trut
 """
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,17 +19,20 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from saved_pipelines import guided_pipeline
 
 import annealers.pipelines.pipeline_restoration as pipeline_restoration
 from annealers import (
     DDPMAncestralScheduler,
     GuidedDiffusionPipeline,
     ModifiedEulerMaruyamaScheduler,
+    NoisyClassifierModel,
     PredictorCorrectorScheduler,
     RestorationPipeline,
 )
 from annealers.calibration import PosteriorVarianceModel
 from annealers.exact import Gaussian
+from annealers.hub import export
 from annealers.measurements import Blur, Downsample, Grey, Identity, Mask
 from annealers.restoration import DDRM, Belief, SpectralMeasurement, conjugate_gradients, resampled_levels
 from annealers.schedulers.gaussian_path import DATA
@@ -344,6 +351,24 @@ def test_more_iterations_of_conjugate_gradients_bring_the_mean_closer(monkeypatc
     assert errors[3] < 1e-8  # eight pixels are measured
 
 
+def test_pixels_whose_variance_a_network_estimates_as_none_are_no_obstacle():
+    pipeline = pipeline_of(
+        correlated((1, 4, 4))[0], DDPMAncestralScheduler(variance_type="posterior", **PATHS["linear"])
+    )
+    exact = pipeline.unet.models[0]
+    certain = (torch.arange(16).reshape(1, 1, 4, 4) % 3 == 0).double()
+
+    def doubtful(sample, timestep):
+        return Output(torch.cat([exact(sample, timestep).sample, (1 - certain).expand_as(sample)], dim=1))
+
+    pipeline.unet.models = [doubtful]
+    y, operator = drawn(2, 1, 4, 4), Mask(CHECKS)
+    arguments = {"method": "covariance", "uncertainty": "network", "num_inference_steps": 3, "output_type": "latent"}
+    images = pipeline(y, operator, generator=seed(), **arguments).images
+    assert images.isfinite().all()
+    torch.testing.assert_close(operator.measure(images), operator.measure(y))
+
+
 def test_conjugate_gradients_solve_each_system_and_stop_where_there_is_none():
     root = drawn(3, 5, 5)
     systems, right = root @ root.transpose(1, 2) + 0.1 * torch.eye(5), drawn(3, 5, number=1)
@@ -647,13 +672,70 @@ def test_the_folder_of_a_guided_pipeline_restores_and_a_diffusers_scheduler_is_s
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline, RestorationPipeline) and pipeline.id2label == names
     grey = drawn(2, 1, 8, 8).float()
-    with pytest.raises(ValueError, match="restoration needs a scheduler of annealers, got DDPMScheduler.*from_config"):
+    with pytest.raises(
+        ValueError, match="restoration needs a scheduler of annealers .*got DDPMScheduler.*from_config"
+    ):
         pipeline(grey, Grey())
     pipeline.scheduler = DDPMAncestralScheduler.from_config(pipeline.scheduler.config)
     images = pipeline(grey, Grey(), class_labels=["cat", "emu"], guidance_scale=2.0, num_inference_steps=2).images
     assert [image.mode for image in images] == ["RGB"] * 2
     pipeline.save_pretrained(tmp_path / "again")
     assert type(RestorationPipeline.from_pretrained(tmp_path / "again")) is RestorationPipeline
+
+
+@pytest.mark.parametrize("method", ["spectral", "covariance", "replacement", "ddrm"])
+def test_inference_mode_changes_nothing(small_unet, method):
+    pipeline = RestorationPipeline(small_unet, DDPMAncestralScheduler(), null_label=3)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"method": method, "class_labels": [0, 1], "num_inference_steps": 2, "output_type": "latent"}
+    expected = pipeline(drawn(2, 3, 8, 8).float(), Mask(torch.eye(8)), generator=seed(), **arguments).images
+    with torch.inference_mode():
+        y = drawn(2, 3, 8, 8).float()
+        images = pipeline(y, Mask(torch.eye(8)), generator=seed(), latents=None, **arguments).images
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("method", ["spectral", "covariance"])
+def test_a_classifier_and_a_measurement_are_heeded_together(tmp_path, method):
+    """Saved by the guided pipeline, with the attention that a classifier has."""
+    pipeline = guided_pipeline()
+    torch.manual_seed(1)
+    pipeline.classifier = NoisyClassifierModel(8, 1, 3, (8, 16), norm_num_groups=4).eval()
+    pipeline.save_pretrained(tmp_path)
+    loaded = RestorationPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    y, operator = drawn(2, 1, 4, 4).float(), Downsample(2)
+    arguments = {"method": method, "class_labels": ["dog", "emu"], "num_inference_steps": 3, "output_type": "latent"}
+    plain, led = (loaded(y, operator, classifier_scale=w, generator=seed(), **arguments).images for w in (0.0, 20.0))
+    assert (plain - led).abs().max() > 1e-3
+    for images in (plain, led):
+        torch.testing.assert_close(operator.measure(images), y, rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_exported_with_its_code_restores_where_annealers_is_not_installed(tmp_path):
+    guided = guided_pipeline()
+    pipeline = RestorationPipeline(**guided.components, id2label=guided.id2label, null_label=guided.null_label)
+    pipeline.set_progress_bar_config(disable=True)
+    export(pipeline, tmp_path / "exported")
+    script = (
+        "import load_without_annealers, sys, torch\n"
+        "pipeline = load_without_annealers.DiffusionPipeline.from_pretrained('exported', trust_remote_code=True)\n"
+        "code = type(pipeline)._check_settings.__globals__\n"  # the operators come in the same file
+        "y, operator = torch.ones(1, 1, 8, 8), code['Mask'](torch.eye(8))\n"
+        "generator = torch.Generator().manual_seed(0)\n"
+        "arguments = {'method': 'replacement', 'generator': generator, 'num_inference_steps': 2}\n"
+        "torch.save(pipeline(y, operator, output_type='latent', **arguments).images, 'images.pt')\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'annealers']\n"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent / "support")
+    child = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    arguments = {"method": "replacement", "generator": seed(), "num_inference_steps": 2, "output_type": "latent"}
+    expected = pipeline(torch.ones(1, 1, 8, 8), Mask(torch.eye(8)), **arguments).images
+    torch.testing.assert_close(torch.load(tmp_path / "images.pt"), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -697,7 +779,13 @@ def test_a_learned_variance_is_left_out_and_the_size_is_that_of_the_measurement(
         ({"uncertainty": "network"}, "'network' needs .*variance_type='posterior', got variance_type='fixed_small'"),
         ({"noise_level": -0.1}, "noise_level must be at least 0, got -0.1"),
         ({"noise_level": math.inf}, "noise_level must be at least 0, got inf"),
-        ({"data_variance": 0.0}, "data_variance must be positive, got 0.0"),
+        ({"data_variance": 0.0}, "data_variance must be positive and finite, got 0.0"),
+        ({"data_variance": math.inf}, "data_variance must be positive and finite, got inf"),
+        ({"data_mean": math.nan}, "data_mean must be finite, got nan"),
+        ({"measurement": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)}, "floating-point tensor .*got torch.uint8"),
+        ({"measurement": [[0.0]]}, "floating-point tensor .*got list"),
+        ({"measurement": torch.zeros(0, 1, 4, 4)}, "need one positive batch size"),
+        ({"measurement": torch.full((1, 1, 4, 4), math.nan)}, "values that are not finite"),
         ({"data_variance": torch.tensor([1.0, -1.0])}, "data_variance must be positive"),
         ({"method": "replacement", "noise_level": 0.1}, "known pixels as exact, got noise_level=0.1"),
         ({"method": "replacement", "operator": Identity()}, "needs a Mask, got a Identity"),

@@ -285,6 +285,8 @@ def test_a_step_that_does_not_fit_is_refused():
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="timestep 3 is not one of the 4 of the schedule, 19 .. 4"):
         scheduler.step(x, 3, x)
+    with pytest.raises(ValueError, match="timestep 9.5 is not one of the 4"):
+        scheduler.step(x, 9.5, x)
     with pytest.raises(ValueError, match="one timestep for the whole batch, got 2"):
         scheduler.step(x, torch.tensor([9, 9]), x)
     with pytest.raises(ValueError, match=r"shape of the sample, \(2, 1, 8, 8\), got \(2, 2, 8, 8\)"):
@@ -379,6 +381,9 @@ def test_a_law_that_is_missing_or_of_other_images_is_refused():
         scheduler.terminal_sample((1, 2, 8, 4))
     with pytest.raises(ValueError, match="two images"):
         scheduler.fit_terminal(correlated_images(1))
+    for nothing in (torch.full((2, 1, 8, 8), torch.nan), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="finite numbers"):
+            scheduler.fit_terminal(nothing)
     slight = ColdDiffusionScheduler(blur_sigma_max=0.6)
     with pytest.raises(ValueError, match="2048 coordinates .* more than 1024"):
         slight.fit_terminal(images(2, 2, 32, 32))
@@ -408,6 +413,15 @@ def test_a_config_passes_through_another_and_back():
     x_0 = images(1, 1, 8, 8)
     assert torch.equal(back.add_noise(x_0, None, 5), scheduler.add_noise(x_0, None, 5))
     assert (back.config.prediction_type, back.config.degradation) == ("sample", "mask")
+
+
+def test_another_sampler_takes_over_what_was_fitted_and_what_was_given_by_position():
+    scheduler = ColdDiffusionScheduler(T, "downsample", downsample_factor=4)
+    scheduler.fit_terminal(correlated_images(20))
+    other = ColdDiffusionScheduler.from_config(scheduler.config, sampler="naive")
+    assert (len(other), other.config.degradation, other.config.sampler) == (T, "downsample", "naive")
+    shape = (2, 2, 8, 8)
+    assert torch.equal(other.terminal_sample(shape, seeded(0)), scheduler.terminal_sample(shape, seeded(0)))
 
 
 RESTORED = images(2, 1, 8, 8).float()

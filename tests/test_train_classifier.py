@@ -281,6 +281,16 @@ def test_a_network_that_cannot_leave_the_class_open_is_asked_for_it_in_the_pictu
     assert (tmp_path / "run" / "samples.png").is_file()
 
 
+def test_pictures_without_guidance_have_no_classes_and_a_network_may_have_a_size_for_each_axis(tmp_path):
+    DDPMPipeline(network_of(classes=None, size=(8, 8)), DDPMScheduler()).save_pretrained(tmp_path / "theirs")
+    main(arguments(tmp_path / "run", tmp_path / "theirs", "--max_steps", 1, "--classifier_scale", 0))
+    assert (tmp_path / "run" / "samples.png").is_file()
+    pipeline = GuidedDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    line = task_of(tmp_path / "theirs", classifier_scale=0.0).example()
+    assert line == "images = pipeline(batch_size=4).images"
+    assert len(pipeline(batch_size=4, num_inference_steps=2).images) == 4
+
+
 @pytest.mark.parametrize(
     ("network", "names", "null_label", "message"),
     [

@@ -175,6 +175,11 @@ class Evaluation:
         """The network's id of a class of the data, by name if the pipeline knows names."""
         names = self.pipeline.config.get("id2label")
         if not names:
+            classes = self.unet.config["num_class_embeds"]
+            if label >= classes:
+                raise ValueError(
+                    f"class {label} of the data is not one of the network's, which are 0 .. {classes - 1}"
+                )
             return label
         ids = {name: int(known) for known, name in names.items()}
         name = (self.data.id2label or {})[label]

@@ -69,6 +69,15 @@ def check_norm_groups(block_out_channels: list[int], norm_groups: int) -> None:
         )
 
 
+def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
+    """Raises ValueError if the pictures ask for more sampling steps than there are noise levels."""
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps must lie in 1 .. {num_train_timesteps} (num_train_timesteps), "
+            f"got {num_inference_steps}"
+        )
+
+
 class ImageTask(Task):
     """A task whose objective has `.network`, called as a `UNet2DModel` is, and the `.scheduler` to sample with."""
 

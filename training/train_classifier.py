@@ -193,7 +193,14 @@ class ClassifierTask(Task):
         needs_label = self.diffusion.unet.config.get("num_class_embeds") and self.diffusion.null_label is None
         return 1.0 if needs_label else 0.0
 
+    @property
+    def draws_classes(self) -> bool:
+        """Whether the pictures have any, since a pipeline that could not heed them refuses labels."""
+        return self.guidance_scale != 0 or self.config.classifier_scale != 0
+
     def example(self) -> str:
+        if not self.draws_classes:
+            return "images = pipeline(batch_size=4).images"
         scales = f"guidance_scale={self.guidance_scale}, classifier_scale={self.config.classifier_scale}"
         return f"images = pipeline(class_labels={list(self.id2label.values())[:4]}, {scales}).images"
 
@@ -205,7 +212,8 @@ class ClassifierTask(Task):
         pipeline = self.pipeline(accelerator.unwrap_model(objective)).to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(
-            class_labels=[i // columns for i in mine],
+            batch_size=len(mine),
+            class_labels=[i // columns for i in mine] if self.draws_classes else None,
             guidance_scale=self.guidance_scale,
             classifier_scale=self.config.classifier_scale,
             num_inference_steps=self.config.num_inference_steps,
@@ -226,7 +234,8 @@ def check_match(data: ImageData, diffusion: GuidedDiffusionPipeline) -> None:
         ("channels", data.channels, network.in_channels),
         ("resolution", data.resolution, network.sample_size),
     ):
-        if theirs is not None and ours != theirs:
+        sides = theirs if isinstance(theirs, (list, tuple)) else [theirs]  # a side for each axis, or one for both
+        if theirs is not None and any(side != ours for side in sides):
             raise ValueError(f"the images of {data.name} have {name} {ours}, those of the diffusion model {theirs}")
     num_embeds = network.get("num_class_embeds")
     if num_embeds is None:

@@ -168,8 +168,8 @@ class ColdTask(ImageTask):
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
     def example(self) -> str:
-        shape = (4, self.data.channels, self.data.resolution, self.data.resolution)
-        return f"images = pipeline(latents=pipeline.scheduler.terminal_sample({shape})).images"
+        steps = min(self.config.num_inference_steps, self.config.num_train_timesteps)
+        return f"images = pipeline(batch_size=4, num_inference_steps={steps}).images"
 
     def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:
         """Images three quarters degraded, restored directly, naively and by the improved way, and as they were."""

@@ -26,7 +26,7 @@ from annealers.losses import hybrid_loss, prior_bound_term, simple_loss, variati
 from annealers.run import Batch, Run, Terms
 from annealers.score_matching import prediction_weight
 from annealers.timestep_sampling import TimestepSampler
-from annealers.training.image_task import ImageConfig, ImageTask
+from annealers.training.image_task import ImageConfig, ImageTask, check_steps
 
 
 @dataclass
@@ -51,6 +51,7 @@ class DDPMConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_steps(self.num_inference_steps, self.num_train_timesteps)
         weights = [f"--weighting {self.weighting}"] if self.weighting != "simple" else []
         weights += [f"--min-snr-gamma {self.min_snr_gamma}"] if self.min_snr_gamma is not None else []
         weights += ["--loss vlb"] if self.loss == "vlb" else []

@@ -52,7 +52,7 @@ from annealers.score_matching import (
     sliced_score_matching,
 )
 from annealers.timestep_sampling import TimestepSampler
-from annealers.training.image_task import ImageConfig, ImageTask
+from annealers.training.image_task import ImageConfig, ImageTask, check_steps
 from annealers.training.point_picture import point_picture
 
 SIGMA_MAX_SAMPLES = 1000  # whose distances are compared
@@ -83,6 +83,7 @@ class ScoreConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_steps(self.num_inference_steps, self.num_train_timesteps)
         if self.process != "ve" and self.sigma_max is not None:
             raise ValueError(f"sigma_max={self.sigma_max} is of the process 've', not of {self.process!r}")
         if self.conditioning == "fourier" and self.process != "ve":

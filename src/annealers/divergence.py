@@ -44,7 +44,10 @@ def divergence(
 
     Raises:
         ValueError: If a shape does not fit, or the output of f is cut off from x for autograd.
+        RuntimeError: Inside `torch.inference_mode`, where there is no autograd; `torch.no_grad` is fine.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("a divergence needs autograd, which torch.inference_mode takes away: use torch.no_grad")
     if probes is not None and (probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape or len(probes) == 0):
         raise ValueError(f"probes must have the shape (K, *{tuple(x.shape)}) with K >= 1, got {tuple(probes.shape)}")
     trains = torch.is_grad_enabled()

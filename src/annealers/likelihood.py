@@ -113,7 +113,19 @@ def chain_scheduler(
         scheduler: Whose config says path, prediction and, unless it is given here, the variance and the spacing.
         variance_type: See `DDPMAncestralScheduler`; None for that of the config, "fixed_small" if it has none.
         timestep_spacing: The same; for likelihoods "linspace", which reaches both ends, or "optimal".
+
+    Raises:
+        ValueError: If the config describes no path that is known here, as those of score SDEs and EDM do not, or a
+            degradation other than noise.
     """
+    if scheduler.config.get("degradation", "noise") != "noise":
+        raise ValueError(f"need a process of Gaussian noise, got degradation={scheduler.config['degradation']!r}")
+    described = "beta_schedule" in scheduler.config or "shift" in scheduler.config
+    if not described and scheduler.config.get("trained_betas") is None:
+        raise ValueError(
+            "need a scheduler whose config has a 'beta_schedule', 'trained_betas' or the 'shift' of a flow, got "
+            f"{type(scheduler).__name__}; annealers.load_score_sde_ve brings folders with a ScoreSdeVeScheduler here"
+        )
     chosen = {"variance_type": variance_type, "timestep_spacing": timestep_spacing}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     # Diffusers drops the settings that it lists as defaults, among them all that were given by position.
@@ -183,6 +195,7 @@ def variational_bounds(
     """
     _check_chains(chains)
     path = chains[0]
+    _check_range(images)
     x_0 = images.to(working_dtype(images))
     zeros = torch.zeros(len(x_0), dtype=x_0.dtype, device=x_0.device)
     steps, decoder = [zeros.clone() for _ in chains], [zeros.clone() for _ in chains]
@@ -466,9 +479,16 @@ def probability_flow_bits(
 
 
 def dequantised(images: torch.Tensor, generator: Generators | None = None) -> torch.Tensor:
-    """Adds noise uniform on the bin of each value, (B, *), so that images of 256 levels have a density."""
+    """Adds noise uniform on the bin of each value, (B, *), so that images of 256 levels in [-1, 1] have a density."""
+    _check_range(images)
     uniform = torch.special.ndtr(standard_normal(images, generator, torch.float64))
     return (images.double() + (uniform - 0.5) * BIN_WIDTH).to(working_dtype(images))
+
+
+def _check_range(images: torch.Tensor) -> None:
+    largest = images.abs().max().item() if images.numel() else 0.0
+    if not largest <= 1 + BIN_WIDTH / 2:  # half precision rounds
+        raise ValueError(f"images must be 8-bit levels scaled to [-1, 1], got values of magnitude {largest:g}")
 
 
 def discrete_bits(log_prob: torch.Tensor, d: int) -> torch.Tensor:

@@ -278,8 +278,8 @@ class Blur(MeasurementOperator):
             1 / min(s) times.
 
     Raises:
-        ValueError: If the kernel has an even side or another number of axes, is not symmetric where it must be, or the
-            boundary is unknown.
+        ValueError: If the kernel has an even side or another number of axes, is not finite or not symmetric where it
+            must be, or the boundary is unknown.
 
     Example:
         >>> import torch
@@ -295,6 +295,8 @@ class Blur(MeasurementOperator):
             kernel = torch.outer(kernel, kernel)
         if kernel.ndim != 2 or not all(side % 2 for side in kernel.shape):
             raise ValueError(f"a kernel has shape (n,) or (n, m) with odd sides, got {tuple(kernel.shape)}")
+        if not kernel.isfinite().all():
+            raise ValueError(f"a kernel must be finite, got {kernel.tolist()}")
         if boundary not in BOUNDARIES:
             raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
         if boundary == "reflect" and not all(torch.allclose(kernel, kernel.flip(axis)) for axis in (0, 1)):

@@ -58,12 +58,13 @@ def suggest_sigma_max(images: torch.Tensor, max_samples: int = 2000, seed: int =
     if len(images) > max_samples:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:max_samples]
         images = images[chosen.to(images.device)]
-    rows = images.flatten(1).double()
+    rows = images.flatten(1)
     if not rows.isfinite().all():
         raise ValueError("images must be finite, got values that are not")
-    rows = rows - rows.mean(0)  # distances are computed by way of norms, which are smallest about the mean
-    blocks = rows.split(BLOCK)
-    return max(torch.cdist(a, b).max().item() for i, a in enumerate(blocks) for b in blocks[: i + 1])
+    mean = rows.mean(0, dtype=torch.float64)  # distances are computed by way of norms, which are smallest about it
+    blocks = rows.split(BLOCK)  # in float64 only while they are compared: large images fill gigabytes
+    pairs = ((a, b) for i, a in enumerate(blocks) for b in blocks[: i + 1])
+    return max(torch.cdist(a.double() - mean, b.double() - mean).max().item() for a, b in pairs)
 
 
 def suggest_num_levels(sigma_min: float, sigma_max: float, dimension: int, overlap: float = 0.5) -> int:

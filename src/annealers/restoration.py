@@ -34,7 +34,8 @@ second order, see `calibration`), and a product with it is one backward pass. Co
 where w is found by conjugate gradients (Peng et al. 2024), preconditioned by r^2 H H^T + sigma_y^2 I, whose inverse is
 all that PiGDM uses. The noise of the step stays that of "spectral". For any Gaussian data the mean of the result is
 then the posterior mean, with any number of steps; its covariance is exact for N(m, S I), and for others it becomes so
-as steps grow, because what a step adds by not knowing x_0 is of second order in its length.
+as steps grow, because what a step adds by not knowing x_0 is of second order in its length. Both are so from pure
+noise: the start is drawn as if the data were N(m, S I), an error in proportion to alpha_T that no step takes back.
 
 **replacement** (Lugmayr et al. 2022, "RePaint", Algorithm 1), for masks and sigma_y = 0. An unconditional step gives
 the unknown pixels, and the known ones are y at the noise of the next level:
@@ -100,11 +101,16 @@ class SpectralMeasurement:
         values: b = U^T y, (B, C, H, W).
         singular_values: s, broadcastable to it.
         is_measured: Where a measurement without noise fixes the coordinate.
+
+    Raises:
+        ValueError: If shapes do not fit, or what was measured is not finite.
     """
 
     def __init__(self, operator: MeasurementOperator, measurement: torch.Tensor, noise_level: float) -> None:
         self.operator, self.noise_level = operator, noise_level
         self.values = operator.spectral_measurement(measurement)
+        if not self.values.isfinite().all():
+            raise ValueError("the measurement has values that are not finite, where the operator sees them")
         shape, device = self.values.shape, measurement.device
         self.singular_values = operator.singular_values(shape).to(device, measurement.dtype)
         self.is_measured = operator.is_measured(shape).to(device)
@@ -114,7 +120,7 @@ class SpectralMeasurement:
     ) -> tuple[torch.Tensor, float | torch.Tensor]:
         """Mean and variance of c ~ N(mean, variance), given b = s c + sigma_y n; all (B, C, H, W) or broadcastable."""
         s, noise = self.singular_values, self.noise_level**2
-        variance = torch.as_tensor(variance, device=mean.device, dtype=mean.dtype)
+        variance = variance if isinstance(variance, torch.Tensor) else mean.new_full((), variance)
         if self.noise_level == 0:
             gain = torch.where(self.is_measured, 1 / s, 0.0)
             remaining = torch.where(self.is_measured, 0.0, variance)
@@ -135,7 +141,8 @@ class SpectralMeasurement:
             return torch.where(used, s * covariance_with_measured(w) + self.noise_level**2 * w, 0.0)
 
         residual = torch.where(used, self.values - s * V_T(mean), 0.0)
-        scale = torch.where(used, belief.variance * s**2 + self.noise_level**2, 1.0)
+        scale = belief.variance * s**2 + self.noise_level**2
+        scale = torch.where(used & (scale > 0), scale, 1.0)  # an estimated variance may be 0
         w = conjugate_gradients(system, residual, scale, iterations)
         mean = V_T(mean) + covariance_with_measured(w)
         return self.condition(mean, 1.0)[0] if self.noise_level == 0 else mean  # what the iterations left open

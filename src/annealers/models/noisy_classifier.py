@@ -53,7 +53,8 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         attention_head_dim: Channels of each attention head, which divide those of every level with attention and of
             the last level.
         pooling: How pixels become one vector: "attention" or "average".
-        norm_num_groups: Groups of the group normalisation.
+        norm_num_groups: Groups of the group normalisation; in a group of one channel it removes what the timestep puts
+            in.
         dropout: Dropout of the residual blocks.
         id2label: Name of each class id, for people; None if the classes have none.
 
@@ -81,11 +82,15 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         layers_per_block: int = 1,
         attention_head_dim: int = 8,
         pooling: str = "attention",
-        norm_num_groups: int = 32,
+        norm_num_groups: int = 8,
         dropout: float = 0.0,
         id2label: dict[int, str] | dict[str, str] | None = None,
     ) -> None:
         super().__init__()
+        if layers_per_block < 1 or attention_head_dim < 1:
+            raise ValueError(
+                f"need layers_per_block and attention_head_dim >= 1, got {layers_per_block} and {attention_head_dim}"
+            )
         _check_architecture(num_classes, block_out_channels, down_block_types, attention_head_dim, pooling, id2label)
         first, last = block_out_channels[0], block_out_channels[-1]
         shared = {
