@@ -233,6 +233,8 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
     def _check_guidance(
         self, class_labels: ClassLabels | None, guidance_scale: float, classifier_scale: float
     ) -> None:
+        if not (math.isfinite(guidance_scale) and math.isfinite(classifier_scale)):
+            raise ValueError(f"guidance scales must be finite, got {guidance_scale} and {classifier_scale}")
         conditional = self._network_is_conditional
         if class_labels is None and guidance_scale not in (0, 1):
             raise ValueError(f"guidance_scale={guidance_scale} needs class_labels to guide towards")
@@ -411,24 +413,13 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             ValueError: If the arguments disagree on B, a label is unknown, guidance is asked of a model without a null
                 label or classifier, or the output type does not exist for this number of channels.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {sorted(unknown)}")
+        callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_output_type(output_type)
         self._check_guidance(class_labels, guidance_scale, classifier_scale)
         batch_size = self._run_size(batch_size, class_labels, generator, latents)
 
-        self._guidance_scale = guidance_scale
-        self._classifier_scale = classifier_scale
-        self._interrupt = False
-
-        null_labels = self._label_tensor(self.null_label, batch_size)
-        if class_labels is None:
-            class_labels = null_labels
-        else:
-            class_labels = self._label_tensor(self.label_ids(class_labels), batch_size)
+        self._keep_settings(guidance_scale, classifier_scale)
+        class_labels, null_labels = self._label_tensors(class_labels, batch_size)
 
         num_levels = self._set_timesteps(num_inference_steps, timesteps)
         schedule = self.scheduler.timesteps
@@ -451,10 +442,8 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": sample, "class_labels": class_labels}
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors = callback_on_step_end(self, i, t, tensors)
-                    sample = tensors.pop("latents", sample)
-                    class_labels = tensors.pop("class_labels", class_labels)
+                    tensors |= callback_on_step_end(self, i, t, {name: tensors[name] for name in callback_inputs})
+                    sample, class_labels = tensors["latents"], tensors["class_labels"]
 
                 if return_trajectory:
                     states.append(sample.cpu())
@@ -471,6 +460,28 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         if not return_dict:
             return (images, trajectory) if return_trajectory else (images,)
         return GuidedDiffusionPipelineOutput(images=images, trajectory=trajectory)
+
+    def _callback_inputs(self, callback: object, names: Sequence[str]) -> Sequence[str]:
+        """The names of the tensors that the callback is given."""
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+        unknown = set(names) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {sorted(unknown)}")
+        return names
+
+    def _keep_settings(self, guidance_scale: float, classifier_scale: float) -> None:
+        """Where a callback finds them."""
+        self._guidance_scale, self._classifier_scale, self._interrupt = guidance_scale, classifier_scale, False
+
+    def _label_tensors(
+        self, class_labels: ClassLabels | None, batch_size: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The class ids of a run and its null labels, (B,) each; without class labels both are the null label."""
+        null_labels = self._label_tensor(self.null_label, batch_size)
+        if class_labels is None:
+            return null_labels, null_labels
+        return self._label_tensor(self.label_ids(class_labels), batch_size), null_labels
 
     def _label_tensor(self, label_ids: int | list[int] | None, batch_size: int) -> torch.Tensor | None:
         """(B,) class ids on the device of the network, from one for all or one each."""

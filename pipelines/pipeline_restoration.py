@@ -158,11 +158,7 @@ class RestorationPipeline(GuidedDiffusionPipeline):
                 variance is negative, something is not finite, the method cannot use the operator, the uncertainty was
                 not measured, or the scheduler is not on a Gaussian path.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callback tensors must be of {self._callback_tensor_inputs}, got {sorted(unknown)}")
+        callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_output_type(output_type)
         self._check_guidance(class_labels, guidance_scale, classifier_scale)
         self._check_settings(method, uncertainty, noise_level, data_mean, data_variance)
@@ -175,14 +171,8 @@ class RestorationPipeline(GuidedDiffusionPipeline):
             batch_size = len(measurement)
         batch_size = self._run_size(batch_size, class_labels, generator, latents)
 
-        self._guidance_scale = guidance_scale
-        self._classifier_scale = classifier_scale
-        self._interrupt = False
-        null_labels = self._label_tensor(self.null_label, batch_size)
-        if class_labels is None:
-            labels = null_labels
-        else:
-            labels = self._label_tensor(self.label_ids(class_labels), batch_size)
+        self._keep_settings(guidance_scale, classifier_scale)
+        labels, null_labels = self._label_tensors(class_labels, batch_size)
 
         measurement = measurement.expand(batch_size, *measurement.shape[1:])
         noise = self._initial_noise(operator.image_shape(measurement.shape), generator, latents)
@@ -230,10 +220,9 @@ class RestorationPipeline(GuidedDiffusionPipeline):
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": sample, "class_labels": labels}
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors = callback_on_step_end(self, i, schedule[here], tensors)
-                    sample = tensors.pop("latents", sample)
-                    labels = tensors.pop("class_labels", labels)
+                    given = {name: tensors[name] for name in callback_inputs}
+                    tensors |= callback_on_step_end(self, i, schedule[here], given)
+                    sample, labels = tensors["latents"], tensors["class_labels"]
                 if return_trajectory:
                     states.append(sample.cpu())
                     predictions.append(denoised.cpu())

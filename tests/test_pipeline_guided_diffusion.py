@@ -458,6 +458,8 @@ def test_the_batch_size_follows_from_what_has_a_length(small_pipeline, arguments
         ({"class_labels": []}, "{'class_labels': 0}"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"\(B, 1, H, W\), got \(2, 3, 8, 8\)"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
+        ({"guidance_scale": float("nan")}, "guidance scales must be finite, got nan and 0.0"),
+        ({"classifier_scale": float("inf")}, "guidance scales must be finite, got 1.0 and inf"),
         ({"output_type": "jpeg"}, "got 'jpeg'"),
         ({"callback_on_step_end_tensor_inputs": ["latents", "sample"]}, r"got \['sample'\]"),
     ],
