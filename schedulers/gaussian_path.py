@@ -60,6 +60,7 @@ from annealers.schedulers.step_placement import optimal_timesteps
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "karras", "geometric", "optimal")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
 FLOW_SCHEDULERS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+TOLD_SIGMA = ["EDMEulerScheduler"]  # whose networks are, instead of a timestep; see `_meant_settings`
 MEANT_BY_ABSENCE = ("clip_sample", "prediction_type")  # what a config without them means, see `from_config`
 
 Coefficient = TypeVar("Coefficient", float, torch.Tensor)
@@ -137,7 +138,10 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
             then take every entry for a level, and count and slice them accordingly.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers] + FLOW_SCHEDULERS
+    _compatibles = [
+        *(scheduler.name for scheduler in KarrasDiffusionSchedulers if scheduler.name not in TOLD_SIGMA),
+        *FLOW_SCHEDULERS,
+    ]
     order = 1
     init_noise_sigma = 1.0
     _entries_per_level = 1

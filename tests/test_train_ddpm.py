@@ -330,6 +330,7 @@ def test_a_resolution_that_the_network_cannot_halve_is_refused(tmp_path):
     ("options", "named"),
     [
         (["--block_out_channels", "32", "44"], "multiples of norm_groups"),
+        (["--num_train_timesteps", "10", "--num_inference_steps", "11"], "num_inference_steps must lie in 1 .. 10"),
         (["--attention_levels", "2"], "attention_levels must lie in 0 .. 1"),
         (["--condition_dropout", "1.5"], "condition_dropout must lie in"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
@@ -497,7 +498,7 @@ def test_every_term_is_multiplied_by_the_weight_of_its_timestep():
 
 @pytest.mark.parametrize("kind", ["uniform", "stratified", "loss_second_moment"])
 def test_timesteps_and_weights_are_those_of_the_sampler(kind):
-    task, _ = built(timestep_sampling=kind, num_train_timesteps=4, batch_size=8)
+    task, _ = built(timestep_sampling=kind, num_train_timesteps=4, num_inference_steps=4, batch_size=8)
     task.build()
     expected = make_timestep_sampler(kind, 4, PositionalRandomness(0))
     losses = torch.arange(1.0, 9.0)
@@ -521,7 +522,7 @@ def test_validation_sums_the_bound_over_all_timesteps_and_splits_the_loss_by_qua
     """Without noise x_t = alpha_t x_0, and a network that answers v = 0 predicts x_0 = alpha_t x_t: all is known."""
     T = 17
     # 17 small betas leave much signal at the last level, so that the prior's term counts as well
-    config = DDPMConfig(num_train_timesteps=T, validation_samples=3, beta_schedule="linear")
+    config = DDPMConfig(num_train_timesteps=T, num_inference_steps=2, validation_samples=3, beta_schedule="linear")
     data = load_data(config)
     task = DDPMTask(config, data, PositionalRandomness(0))
     objective = task.build()

@@ -352,7 +352,8 @@ def test_the_trained_pipeline_samples_with_every_scheduler(trained, name):
 
 @pytest.mark.parametrize(("answer", "error"), [("exact", 0.0), ("zero", 1.0)])
 def test_validation_measures_the_error_of_the_score_and_the_loss_by_quarter(answer, error):
-    task = task_of("--dataset", "toy:ring", "--validation_samples", 300, "--num_train_timesteps", 8)
+    levels = ["--num_train_timesteps", 8, "--num_inference_steps", 8]
+    task = task_of("--dataset", "toy:ring", "--validation_samples", 300, *levels)
     objective = task.build()
     scheduler = objective.scheduler
     if answer == "exact":
