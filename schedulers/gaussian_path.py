@@ -179,12 +179,6 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if after != before:  # a config that was loaded has no such list, and gets none
             self.register_to_config(_use_default_values=sorted(after))
 
-    def _chosen_by_position(self) -> list[str]:
-        """Settings that Diffusers takes for defaults, because the constructor was given them without their names."""
-        parameters = inspect.signature(type(self).__init__).parameters
-        listed = self.config.get("_use_default_values", [])
-        return [name for name in listed if np.any(self.config[name] != parameters[name].default)]
-
     @property
     def _is_flow(self) -> bool:
         return self.config.prediction_type == "flow_prediction"
@@ -228,7 +222,7 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         self.alphas = 1 - self.betas
 
         # so that no other class drops what ours would misread, or what was chosen, but not by its name
-        self._mark_as_default([*MEANT_BY_ABSENCE, *self._chosen_by_position()], marked=False)
+        self._mark_as_default([*MEANT_BY_ABSENCE, *chosen_settings(self)], marked=False)
         self.num_inference_steps: int | None = None
         self._set_schedule(self.train_timesteps[::-1], device=None)
 
@@ -628,6 +622,13 @@ class GaussianPathScheduler(SchedulerMixin, ConfigMixin):
         if config.clip_sample:
             return original_sample.clamp(-config.clip_sample_range, config.clip_sample_range)
         return original_sample
+
+
+def chosen_settings(scheduler: ConfigMixin) -> list[str]:
+    """Settings that Diffusers lists as defaults, and drops, though they are none: given by position, or measured."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    listed = scheduler.config.get("_use_default_values", [])
+    return [name for name in listed if np.any(scheduler.config[name] != parameters[name].default)]
 
 
 def _leaves(base: type) -> list[type]:

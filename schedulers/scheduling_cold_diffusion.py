@@ -30,7 +30,6 @@ Arbitrary Image Transforms Without Noise", arXiv:2208.09392; Song, Meng, Ermon 2
 Models", arXiv:2010.02502.
 """
 
-import inspect
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +42,7 @@ from annealers.schedulers.degradations import Blurring, Downsampling, Fading, Im
 from annealers.schedulers.gaussian_path import (
     PREDICTION_TYPES,
     GaussianPathSchedulerOutput,
+    chosen_settings,
     standard_normal,
     working_dtype,
 )
@@ -154,10 +154,9 @@ class ColdDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _keep_settings(self) -> None:
         """Lets `from_config` keep what was fitted or given by position, which Diffusers takes for defaults."""
-        defaults = inspect.signature(type(self).__init__).parameters
-        listed = self.config.get("_use_default_values", [])
-        still = [name for name in listed if not np.any(self.config[name] != defaults[name].default)]
-        if still != listed:  # a config that was loaded has no such list, and gets none
+        chosen = chosen_settings(self)
+        if chosen:  # a config that was loaded has no list of defaults, and gets none
+            still = [name for name in self.config["_use_default_values"] if name not in chosen]
             self.register_to_config(_use_default_values=still)
 
     def _built_degradation(self) -> ImageDegradation | Noising:

@@ -22,10 +22,9 @@ SMALLEST_PICTURE = 48  # pixels; smaller images are enlarged to be seen
 
 
 @dataclass
-class ImageConfig(RunConfig):
-    """Options of a UNet on images; the defaults train 8 x 8 digits on a CPU."""
+class NetworkConfig(RunConfig):
+    """Options of a network made of the blocks of a UNet; the defaults train on 8 x 8 digits on a CPU."""
 
-    max_steps: int = option(1500, "Optimizer steps.")
     batch_size: int = option(64, "Images per optimizer step, over all processes and accumulation steps.")
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
     lr_warmup_steps: int = option(50, "Optimizer steps of linear warm-up.")
@@ -38,6 +37,29 @@ class ImageConfig(RunConfig):
         8, "Groups of the normalisation; in a group of one channel it removes what timestep and class put in."
     )
     dropout: float = option(0.0, "Dropout in the residual blocks.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        channels, levels = self.block_out_channels, len(self.block_out_channels)
+        if self.norm_groups < 1 or not all(count > 0 and count % self.norm_groups == 0 for count in channels):
+            raise ValueError(
+                f"block_out_channels must be multiples of norm_groups, got {channels} and {self.norm_groups}"
+            )
+        if not all(0 <= level < levels for level in self.attention_levels):
+            raise ValueError(f"attention_levels must lie in 0 .. {levels - 1}, got {self.attention_levels}")
+
+    @property
+    def down_block_types(self) -> tuple[str, ...]:
+        """Diffusers' names of the blocks, from the full resolution down."""
+        levels = range(len(self.block_out_channels))
+        return tuple(f"{'Attn' * (level in self.attention_levels)}DownBlock2D" for level in levels)
+
+
+@dataclass
+class ImageConfig(NetworkConfig):
+    """Options of a UNet on images; the defaults train 8 x 8 digits on a CPU."""
+
+    max_steps: int = option(1500, "Optimizer steps.")
 
     class_conditional: bool = option(True, "Condition on the labels, if the data has any.")
     condition_dropout: float = option(0.1, "Share of images whose label is replaced by the null class.")
@@ -54,19 +76,6 @@ class ImageConfig(RunConfig):
         super().__post_init__()
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {self.condition_dropout}")
-        check_norm_groups(self.block_out_channels, self.norm_groups)
-        if not all(0 <= level < len(self.block_out_channels) for level in self.attention_levels):
-            raise ValueError(
-                f"attention_levels must lie in 0 .. {len(self.block_out_channels) - 1}, got {self.attention_levels}"
-            )
-
-
-def check_norm_groups(block_out_channels: list[int], norm_groups: int) -> None:
-    """Raises ValueError if the channels of a level cannot be normalised in that many groups."""
-    if norm_groups < 1 or not all(channels > 0 and channels % norm_groups == 0 for channels in block_out_channels):
-        raise ValueError(
-            f"block_out_channels must be multiples of norm_groups, got {block_out_channels} and {norm_groups}"
-        )
 
 
 def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
@@ -101,15 +110,14 @@ class ImageTask(Task):
                 f"{levels} resolution levels halve the image {levels - 1} times, which {data.resolution} pixels do "
                 f"not allow; choose --resolution as a multiple of {2 ** (levels - 1)} or fewer --block-out-channels"
             )
-        kinds = ["Attn" if level in config.attention_levels else "" for level in range(levels)]
         return UNet2DModel(
             sample_size=data.resolution,
             in_channels=data.channels,
             out_channels=out_channels,
             block_out_channels=tuple(config.block_out_channels),
             layers_per_block=config.layers_per_block,
-            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+            down_block_types=config.down_block_types,
+            up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(config.down_block_types)),
             dropout=config.dropout,
             norm_num_groups=config.norm_groups,
             num_class_embeds=None if self.null_label is None else self.null_label + 1,

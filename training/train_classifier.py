@@ -25,38 +25,27 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from annealers import GuidedDiffusionPipeline, NoisyClassifierModel
-from annealers.configuration import RunConfig, option, parse_config
+from annealers.configuration import option, parse_config
 from annealers.data import ImageData, validation_batches
 from annealers.exact import path_point, prediction_type_of
 from annealers.figures import enlarge, image_grid, to_pil
 from annealers.randomness import PositionalRandomness
 from annealers.run import Batch, Run, Task, Terms, gathered_images, my_share
-from annealers.training.image_task import SMALLEST_PICTURE, check_norm_groups
+from annealers.training.image_task import SMALLEST_PICTURE, NetworkConfig
 
 STRATA = 8  # of the timesteps in validation; two to a quarter
 
 
 @dataclass
-class ClassifierConfig(RunConfig):
+class ClassifierConfig(NetworkConfig):
     """Options of a classifier of noisy images; the defaults train one of 8 x 8 digits on a CPU."""
 
     output_dir: str = option("runs/classifier", "Folder of the run: pipeline, samples, metrics, checkpoints.")
     pipeline: str = option("runs/ddpm/pipeline", "Folder or Hub id of the diffusion model that is to be guided.")
     max_steps: int = option(600, "Optimizer steps.")
-    batch_size: int = option(64, "Images per optimizer step, over all processes and accumulation steps.")
-    learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
-    lr_warmup_steps: int = option(50, "Optimizer steps of linear warm-up.")
     weight_decay: float = option(0.05, "AdamW's weight decay.")
-    ema_decay: float = option(0.995, "Decay of the exponential moving average of the weights.")
 
-    block_out_channels: list[int] = option([32, 64], "Channels of each resolution level.")
-    attention_levels: list[int] = option([1], "Levels with self-attention, 0 being the full resolution.")
-    layers_per_block: int = option(1, "Residual blocks per level.")
-    norm_groups: int = option(
-        8, "Groups of the normalisation; in a group of one channel it removes what the timestep puts in."
-    )
     pooling: Literal["attention", "average"] = option("attention", "How the pixels become one vector.")
-    dropout: float = option(0.0, "Dropout in the residual blocks.")
     label_smoothing: float = option(0.0, "Share of each label that is spread over all classes.")
 
     num_inference_steps: int = option(50, "Sampling steps of the pictures.")
@@ -67,11 +56,6 @@ class ClassifierConfig(RunConfig):
         super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        check_norm_groups(self.block_out_channels, self.norm_groups)
-        if not all(0 <= level < len(self.block_out_channels) for level in self.attention_levels):
-            raise ValueError(
-                f"attention_levels must lie in 0 .. {len(self.block_out_channels) - 1}, got {self.attention_levels}"
-            )
 
 
 class ClassifierObjective(nn.Module):
@@ -107,13 +91,12 @@ class ClassifierTask(Task):
 
     def build(self) -> ClassifierObjective:
         config, data = self.config, self.data
-        levels = range(len(config.block_out_channels))
         network = NoisyClassifierModel(
             sample_size=data.resolution,
             in_channels=data.channels,
             num_classes=len(self.id2label),
             block_out_channels=tuple(config.block_out_channels),
-            down_block_types=tuple(f"{'Attn' * (level in config.attention_levels)}DownBlock2D" for level in levels),
+            down_block_types=config.down_block_types,
             layers_per_block=config.layers_per_block,
             pooling=config.pooling,
             dropout=config.dropout,

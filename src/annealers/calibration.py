@@ -103,7 +103,7 @@ def denoising_error(
             of_batch = []
             for t in measured:
                 x_t = scheduler.add_noise(batch, noise, t)
-                prediction = _prediction(model(x_t, torch.tensor(t, device=x_t.device), **model_kwargs), x_t)
+                prediction = first_channels(model(x_t, torch.tensor(t, device=x_t.device), **model_kwargs), x_t)
                 of_batch.append(simple_loss(scheduler.original_sample(prediction, x_t, t), batch))
                 progress.update()
             errors.append(torch.stack(of_batch).double().cpu())
@@ -252,7 +252,7 @@ def posterior_variance(
     """
 
     def network(x: torch.Tensor) -> torch.Tensor:
-        return _prediction(model(x, timestep, **model_kwargs), x)
+        return first_channels(model(x, timestep, **model_kwargs), x)
 
     return _prediction_and_lambda(network, scheduler, sample, timestep, probes, generator, method)[1]
 
@@ -326,7 +326,7 @@ class PosteriorVarianceModel(nn.Module):
         """
 
         def network(x: torch.Tensor) -> torch.Tensor:
-            return _prediction(self.model(x, timestep, *args, **kwargs), x)
+            return first_channels(self.model(x, timestep, *args, **kwargs), x)
 
         prediction, variance = _prediction_and_lambda(
             network, self.scheduler, sample, timestep, self.probes, self.generator, self.method
@@ -421,17 +421,18 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _prediction(output: Any, sample: torch.Tensor) -> torch.Tensor:
-    """The output of a network without its second half of channels, if it has one."""
-    prediction = output if isinstance(output, torch.Tensor) else output.sample
-    if sample.ndim > 1 and prediction.ndim == sample.ndim and prediction.shape[1] == 2 * sample.shape[1]:
-        prediction = prediction[:, : sample.shape[1]]
-    if prediction.shape != sample.shape:
+def first_channels(output: Any, sample: torch.Tensor) -> torch.Tensor:
+    """The output of a network, in whatever it is wrapped, without its second half of channels, if it has one."""
+    if not isinstance(output, torch.Tensor):
+        output = output[0] if isinstance(output, tuple) else output.sample
+    if sample.ndim > 1 and output.ndim == sample.ndim and output.shape[1] == 2 * sample.shape[1]:
+        output = output[:, : sample.shape[1]]
+    if output.shape != sample.shape:
         raise ValueError(
             f"the model output must have the shape of the sample, {tuple(sample.shape)}, or twice its channels, "
-            f"got {tuple(prediction.shape)}"
+            f"got {tuple(output.shape)}"
         )
-    return prediction
+    return output
 
 
 def _check_probes(probes: int, method: str) -> None:

@@ -51,6 +51,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils.logging import tqdm
 
+from annealers.calibration import first_channels
 from annealers.exact import PREDICTION_TYPES, path_point, prediction_type_of
 from annealers.schedulers.gaussian_path import working_dtype
 
@@ -108,7 +109,7 @@ def denoise(
     if timesteps.numel() not in (1, len(sample)):
         raise ValueError(f"need one timestep or one per sample, {len(sample)}, got {timesteps.numel()}")
     alpha, sigma = (c.to(sample.device, dtype).reshape(axes) for c in path_point(scheduler, timesteps))
-    output = _first_channels(model(sample, timestep, **model_kwargs), sample).to(dtype)
+    output = first_channels(model(sample, timestep, **model_kwargs), sample).to(dtype)
     return _original(prediction_type_of(scheduler), output, sample.to(dtype), alpha, sigma).to(sample.dtype)
 
 
@@ -176,20 +177,6 @@ def _original(
     if prediction_type == "flow_prediction":  # of eps - x_0
         return (x_t - sigma * output) / (alpha + sigma)
     raise ValueError(f"the scheduler's prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
-
-
-def _first_channels(output: Any, sample: torch.Tensor) -> torch.Tensor:
-    """The output of a network without its second half of channels, if it has one."""
-    if not isinstance(output, torch.Tensor):
-        output = output[0] if isinstance(output, tuple) else output.sample
-    if sample.ndim > 1 and output.ndim == sample.ndim and output.shape[1] == 2 * sample.shape[1]:
-        output = output[:, : sample.shape[1]]
-    if output.shape != sample.shape:
-        raise ValueError(
-            f"the model output must have the shape of the sample, {tuple(sample.shape)}, or twice its channels, "
-            f"got {tuple(output.shape)}"
-        )
-    return output
 
 
 def _timestep_of(scheduler: ConfigMixin, noise_level: float) -> int | float:
