@@ -8,7 +8,7 @@ way for one process and for many:
         for micro_batch in the accumulation of it:
             terms = objective(**draws(micro_batch))     # {"loss": (B,), ...}
             backward(mean of terms["loss"])
-        clip, optimizer step, learning-rate step, what the task learns from the terms, EMA
+        clip each group of parameters, optimizer step, learning-rate step, what the task learns from the terms, EMA
 
 Rows, flips, noise and timesteps of a batch are functions of (seed, position in the run), so one process, several
 processes and any accumulation train the same weights, and a resumed run continues bit for bit.
@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, is_wandb_available
+from accelerate.utils import ProjectConfiguration, gather_object, is_wandb_available
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from annealers.checkpoint import Checkpoints, whole_folder
 from annealers.configuration import RunConfig, check_same_run, config_to_dict, save_config
-from annealers.data import ImageData, load_data, train_batches
+from annealers.data import ImageData, load_data, train_batches, validation_batches
 from annealers.ema import EMA
 from annealers.hub import model_card, push_folder, without_secrets
 from annealers.randomness import PositionalRandomness
@@ -68,6 +68,19 @@ class Task(ABC):
     def draws(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The arguments of the objective for a batch of data, with everything that is random in them."""
 
+    def parameter_groups(self, objective: nn.Module) -> list[dict[str, Any]]:
+        """Groups of parameters as `torch.optim` takes them, with options of their own; each is clipped on its own.
+
+        Two players of a game are two groups, so that the gradient of one does not shorten the steps of the other.
+        """
+        return [{"params": list(objective.parameters())}]
+
+    def before_first_step(self, objective: nn.Module, accelerator: Accelerator) -> None:  # noqa: B027 (as below)
+        """Called by all processes with the prepared objective when a run begins, but not when one is resumed.
+
+        What starts from the data is set here, the same on every process: a codebook, say.
+        """
+
     def after_step(  # noqa: B027 (most tasks do nothing here)
         self, step: int, terms: list[Terms], accelerator: Accelerator
     ) -> None:
@@ -80,6 +93,13 @@ class Task(ABC):
             step: k.
             terms: The detached terms of each of this process's micro-batches, (b,) each.
             accelerator: To communicate with the other processes.
+        """
+
+    def before_saving(self, objective: nn.Module, accelerator: Accelerator) -> None:  # noqa: B027 (as above)
+        """Called by all processes at the end, with the averaged weights in place, in evaluation mode, ungraded.
+
+        What is measured here for the pipeline, a scale of the latents, say, is kept by the task: `pipeline` is called
+        next, in the main process, with an objective built anew from the weights.
         """
 
     @abstractmethod
@@ -140,6 +160,9 @@ class Run:
         objective, optimizer = accelerator.prepare(objective, self._optimizer(objective))
         ema = EMA(objective, decay=config.ema_decay, warmup=config.ema_warmup)
         first_step = self._resume(ema)
+        if first_step == 0:
+            self.task.before_first_step(objective, accelerator)
+            ema = EMA(objective, decay=config.ema_decay, warmup=config.ema_warmup)
         lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer.optimizer,
@@ -165,8 +188,7 @@ class Run:
                     terms = objective(**draws)
                     accelerator.backward(terms["loss"].mean())
                     if accelerator.sync_gradients and config.max_grad_norm > 0:
-                        norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
-                        meter.add("grad_norm", norm)
+                        self._clip(optimizer, meter)
                     optimizer.step()
                     optimizer.zero_grad()
                 guard.watch(step, batch["rows"], terms["loss"])
@@ -198,7 +220,8 @@ class Run:
                 self.checkpoints.save(done, self._record(done), ema)
 
         pipeline_folder = self.folder / "pipeline"
-        with ema.swapped_in():
+        with evaluating(objective, ema):
+            self.task.before_saving(objective, accelerator)
             state = accelerator.get_state_dict(objective)  # may be the live tensors themselves: use them in here
             if self.is_main:
                 self._save_pipeline(state, pipeline_folder)
@@ -209,12 +232,18 @@ class Run:
     def _optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(
-            objective.parameters(),
+            self.task.parameter_groups(objective),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
+
+    def _clip(self, optimizer: torch.optim.Optimizer, meter: "Meter") -> None:
+        self.accelerator.unscale_gradients()  # once: a gradient scaler refuses a second time
+        for group in optimizer.param_groups:
+            norm = nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
+            meter.add(f"grad_norm_{group['name']}" if "name" in group else "grad_norm", norm)
 
     def _batches(self, first_step: int) -> Iterator[Batch]:
         """This process's micro-batches, from the first of `first_step` to the last of the run."""
@@ -362,6 +391,44 @@ def in_order_of_positions(terms: list[torch.Tensor], accelerator: Accelerator) -
     mine = torch.stack(terms)  # (A, b)
     everyone = accelerator.gather(mine).unflatten(0, (-1, len(terms)))  # (P, A, b)
     return everyone.transpose(0, 1).flatten()  # position (m P + r) b + i
+
+
+def held_out_means(
+    data: ImageData,
+    config: RunConfig,
+    accelerator: Accelerator,
+    terms_of: Callable[[Batch], Terms],
+) -> dict[str, float]:
+    """Means over the held-out images of named terms (b,) of a batch; every process sees its share of the batches.
+
+    Args:
+        data, config: Of the run; `config.validation_samples` limits the images.
+        accelerator: To sum over the processes.
+        terms_of: Terms of a batch of `validation_batches`, whose tensors are on the CPU.
+
+    Returns:
+        The mean of each term and, as "images", their number.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    images = 0
+    for batch in validation_batches(
+        data,
+        config.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        max_samples=config.validation_samples,
+        num_workers=config.num_workers,
+    ):
+        images += len(batch["images"])
+        for name, term in terms_of(batch).items():
+            sums[name] = sums.get(name, 0) + term.detach().double().sum().cpu()
+    everyone = gather_object([({name: total.item() for name, total in sums.items()}, images)])
+    count = sum(n for _, n in everyone)
+    names = dict.fromkeys(name for totals, _ in everyone for name in totals)
+    return {
+        **{name: sum(totals.get(name, 0.0) for totals, _ in everyone) / count for name in names},
+        "images": count,
+    }
 
 
 def is_due(step: int, every: int, last: bool) -> bool:
