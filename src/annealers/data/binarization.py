@@ -4,8 +4,8 @@
     dynamic    a new draw whenever an image is seen
 
 Source: Salakhutdinov & Murray 2008, "On the Quantitative Analysis of Deep Belief Networks",
-doi:10.1145/1390156.1390266 (dynamic). The static MNIST of the literature is one fixed draw; ours is another of the same law, so numbers compare up
-to that draw.
+doi:10.1145/1390156.1390266 (dynamic). The static MNIST of the literature is one fixed draw; ours is another one of the
+same law, so numbers compare up to that draw.
 """
 
 from typing import Any, Literal
