@@ -1,5 +1,7 @@
 """Images from a diffusion model: unconditional, class-conditional, guided by a classifier or without one.
 
+In the pixels of images or, with a `vae`, in its latents, from which it decodes the images.
+
 **Classifier-free guidance.** One network is trained with its class label and, now and then, with a null label in its
 place. At each step it is asked both questions, and the answers are extrapolated,
 
@@ -14,13 +16,18 @@ p(y | x_t) of noisy images; see `classifier_guidance`. The two add up:
 
 Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233, Eq. 14.
 
+**Latent diffusion.** The network draws x_0 = f (z - b), the scaled latents of an autoencoder, and the image is
+decoder(x_0 / f + b); see `latent_space`.
+
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752, Sec. 3.
+
     symbol    code                      shape           meaning
-    x_t       sample                    (B, C, H, W)    state; noise at first, the image in [-1, 1] at last
+    x_t       sample                    (B, C, H, W)    state; noise at first, the image in [-1, 1] or latents at last
     eps_c     conditional               (B, C, H, W)    prediction given the class
     eps_u     unconditional             (B, C, H, W)    prediction given the null class
     w         guidance_scale            ()
     w_y       classifier_scale          ()
-    x̂_0       pred_original_sample      (B, C, H, W)    the scheduler's prediction of the image at a step
+    x̂_0       pred_original_sample      (B, C, H, W)    the scheduler's prediction of the last state at a step
 
 "eps" stands for what the network was trained to predict: noise, x_0, velocity or score. All are affine in eps_u and
 eps_c with the same coefficients, so classifier-free guidance is the same for each. What a classifier adds is not.
@@ -28,7 +35,6 @@ eps_c with the same coefficients, so classifier-free guidance is the same for ea
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,19 +48,25 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
+from annealers.pipelines.class_labels import ClassLabels, common_batch_size, label_ids, with_integer_ids
 from annealers.pipelines.classifier_guidance import classifier_guidance
+from annealers.pipelines.latent_space import images_of_latents, latent_channels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_CHANNELS = (1, 3)
 LEARNED_VARIANCES = ("learned", "learned_range", "posterior")
+CLASS_COUNTS = {
+    "network": "unet.config.num_class_embeds",
+    "classifier": "classifier.config.num_classes",
+    "vae": "vae.config.num_class_embeds",
+}
 
 Generators = torch.Generator | list[torch.Generator]
-ClassLabels = int | str | Sequence[int | str] | torch.Tensor | np.ndarray
 
 
 @dataclass
 class Trajectory:
-    """The states that a run went through, on the CPU, in the range [-1, 1] of the network.
+    """The states that a run went through, on the CPU: in the range [-1, 1] of images, or latents.
 
     Args:
         samples: x_t before the first step, then after each: (N + 1, B, C, H, W).
@@ -91,6 +103,9 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         null_label: Id that stands for "no class" in training, usually K; None if the network knows none.
         classifier: A classifier of noisy images, such as `NoisyClassifierModel`, called as
             `classifier(x_t, t, return_dict=False)`, with `config.num_classes`; only needed for `classifier_scale`.
+        vae: The autoencoder whose scaled latents the network draws, such as `VAEModel` or Diffusers' `AutoencoderKL`
+            or, with a codebook to which it rounds what it decodes, `VQVAEModel` or Diffusers' `VQModel`. One that has
+            classes, `config.num_class_embeds`, is told those of the images. None if the network draws images.
 
     Raises:
         ValueError: If `id2label` or `null_label` are not among the classes of the network, or, where that has none,
@@ -113,8 +128,8 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
 
     __module__ = "annealers"  # its public name
 
-    model_cpu_offload_seq = "unet->classifier"
-    _optional_components = ["classifier"]
+    model_cpu_offload_seq = "unet->classifier->vae"
+    _optional_components = ["classifier", "vae"]
     _callback_tensor_inputs = ["latents", "class_labels"]
 
     def __init__(
@@ -124,20 +139,18 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
         null_label: int | None = None,
         classifier: ModelMixin | None = None,
+        vae: ModelMixin | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
+        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
         self.image_processor = VaeImageProcessor()
 
         num_embeds = unet.config.get("num_class_embeds") or 0
         if id2label is not None:
-            id2label = _with_integer_ids(id2label)
-            num_classes, source = num_embeds, "unet.config.num_class_embeds"
-            if classifier is not None and num_embeds == 0:
-                num_classes, source = classifier.config.num_classes, "classifier.config.num_classes"
-            knows_classes = num_embeds > 0 or classifier is not None  # else it was saved with a classifier, as may be
-            if knows_classes and not all(0 <= label < num_classes for label in id2label):
-                raise ValueError(f"id2label names {sorted(id2label)}, but {source}={num_classes}")
+            id2label = with_integer_ids(id2label)
+            num_classes, whose = self._classes  # None if it was saved with a classifier, as may be
+            if num_classes is not None and not all(0 <= label < num_classes for label in id2label):
+                raise ValueError(f"id2label names {sorted(id2label)}, but {CLASS_COUNTS[whose]}={num_classes}")
         if null_label is not None and not 0 <= null_label < num_embeds:
             raise ValueError(f"null_label={null_label} is not below unet.config.num_class_embeds={num_embeds}")
         self.id2label = id2label
@@ -176,40 +189,28 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         Raises:
             ValueError: If a label is not a class of this model; the null label is not one.
         """
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
-            class_labels = [class_labels]
-        return [self._label_id(label) for label in class_labels]
+        num_classes, whose = self._classes
+        names = self.id2label or self._names_of_classifier
+        return label_ids(class_labels, names, num_classes, self.null_label, whose)
 
-    def _label_id(self, label: int | str) -> int:
-        num_classes, whose = self.unet.config.get("num_class_embeds"), "network"
-        if num_classes is None:
-            if self.classifier is None:
-                raise ValueError(f"got class label {label!r}, but the network has no classes (num_class_embeds=None)")
-            num_classes, whose = self.classifier.config.num_classes, "classifier"
-        if isinstance(label, str):
-            names = self.id2label or self._names_of_classifier
-            ids = [i for i, name in names.items() if name == label]
-            if len(ids) != 1:
-                problem = f"stands for the classes {ids}" if ids else f"is not one of {list(names.values())}"
-                raise ValueError(f"class label {label!r} {problem}")
-            return ids[0]
-        try:
-            label = operator.index(label)
-        except TypeError as error:
-            raise ValueError(f"a class label is an integer or a name, got {label!r}") from error
-        if label == self.null_label:
-            raise ValueError(f"class label {label} is the null label: leave class_labels out, or set guidance_scale=0")
-        if not 0 <= label < num_classes:
-            classes = num_classes - (self.null_label is not None)
-            raise ValueError(f"class label {label} is not one of the {classes} classes of the {whose}")
-        return label
+    @property
+    def _classes(self) -> tuple[int | None, str]:
+        """The number of class ids, and whose: the network's or, if it has none, the classifier's or the vae's."""
+        num_classes = self.unet.config.get("num_class_embeds")
+        if num_classes is not None:
+            return num_classes, "network"
+        if self.classifier is not None:
+            return self.classifier.config.num_classes, "classifier"
+        return self._classes_of_vae, "vae" if self._classes_of_vae is not None else "network"
+
+    @property
+    def _classes_of_vae(self) -> int | None:
+        return None if self.vae is None else self.vae.config.get("num_class_embeds")
 
     @property
     def _names_of_classifier(self) -> dict[int, str]:
         names = None if self.classifier is None else self.classifier.config.get("id2label")
-        return _with_integer_ids(names or {})
+        return with_integer_ids(names or {})
 
     def _run_size(
         self,
@@ -219,16 +220,12 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         latents: torch.Tensor | None,
     ) -> int:
         """B, which every argument that has a length must agree on; 1 if none has."""
-        stated = {
-            "batch_size": batch_size,
-            "class_labels": None if _is_single(class_labels) else len(class_labels),
-            "generator": len(generator) if isinstance(generator, list) else None,
-            "latents": None if latents is None else len(latents),
-        }
-        stated = {name: size for name, size in stated.items() if size is not None}
-        if len(set(stated.values())) > 1 or not all(size > 0 for size in stated.values()):
-            raise ValueError(f"need one positive batch size, got {stated}")
-        return next(iter(stated.values()), 1)
+        return common_batch_size(
+            class_labels,
+            batch_size,
+            generator=len(generator) if isinstance(generator, list) else None,
+            latents=None if latents is None else len(latents),
+        )
 
     def _check_guidance(
         self, class_labels: ClassLabels | None, guidance_scale: float, classifier_scale: float
@@ -247,7 +244,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         if not conditional and class_labels is not None:
             if guidance_scale not in (0, 1):
                 raise ValueError(f"guidance_scale={guidance_scale} needs a network with classes, this one has none")
-            if classifier_scale == 0:
+            if classifier_scale == 0 and self._classes_of_vae is None:
                 raise ValueError(
                     f"class_labels={class_labels} mean nothing here: the network has no classes "
                     "(num_class_embeds=None), and classifier_scale=0"
@@ -268,6 +265,26 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         if different:
             raise ValueError(f"the pipeline and its classifier name classes differently, as (ours, its): {different}")
 
+    def _check_vae(self, class_labels: ClassLabels | None, output_type: str) -> None:
+        if self.vae is None:
+            return
+        drawn, decoded = self.unet.config.in_channels, latent_channels(self.vae)
+        if drawn != decoded:
+            raise ValueError(f"the network draws latents of {drawn} channels, and the vae decodes those of {decoded}")
+        if self.scheduler.config.get("clip_sample"):
+            raise ValueError(
+                f"the {type(self.scheduler).__name__} clips x̂_0 as that of an image, and latents have no such range: "
+                "make it with clip_sample=False"
+            )
+        num_classes = self._classes_of_vae
+        if num_classes is None or output_type == "latent":
+            return
+        if class_labels is None:
+            raise ValueError(f"the vae has {num_classes} classes: it needs class_labels, or output_type='latent'")
+        ids = self.label_ids(class_labels)
+        if max(ids, default=0) >= num_classes:
+            raise ValueError(f"class label {max(ids)} is not one of the {num_classes} classes of the vae")
+
     @property
     def _network_is_conditional(self) -> bool:
         return self.unet.config.get("num_class_embeds") is not None
@@ -275,9 +292,11 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        channels = self.unet.config.in_channels
+        channels, whose = self.unet.config.in_channels, "network"
+        if self.vae is not None:
+            channels, whose = self.vae.config.in_channels, "vae"
         if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f"a PIL image has 1 or 3 channels, this network has {channels}: use output_type='pt'")
+            raise ValueError(f"a PIL image has 1 or 3 channels, this {whose} has {channels}: use output_type='pt'")
 
     def _initial_sample(
         self, batch_size: int, generator: Generators | None, latents: torch.Tensor | None
@@ -389,7 +408,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             batch_size: Number of images, B. Taken from `class_labels`, `generator` or `latents` if they have a length;
                 1 if none does.
             class_labels: One label for all images or one per image, each a class id or a name of `id2label`. None
-                draws from the null class. They are also what the classifier is asked for.
+                draws from the null class. They are also what the classifier and a conditional vae are asked for.
             guidance_scale: w. 1 follows the condition and 0 ignores it, both with one network call per step.
             classifier_scale: w_y. 0 does without the classifier; with guidance_scale=0 or an unconditional network, 1
                 follows the class as the classifier knows it, and more exaggerates it.
@@ -399,9 +418,10 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
             latents: Initial state, (B, C, H, W), by Diffusers' name for it: standard normal noise or, of cold
                 diffusion, degraded images. Drawn if None.
             eta: Passed to schedulers that have it, as `DDIMScheduler`; the others ignore it.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", the state itself.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", the state itself,
+                which a vae does not decode.
             return_dict: Return a `GuidedDiffusionPipelineOutput` rather than a tuple.
-            return_trajectory: Also return the states on the way.
+            return_trajectory: Also return the states on the way; those of latents are for `decode_latents`.
             callback_on_step_end: Called as `callback(pipeline, i, t, tensors)` after each entry of the schedule; it
                 returns the dict of tensors to go on with, and may set `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs: Names of those tensors, of "latents" and "class_labels".
@@ -416,6 +436,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_output_type(output_type)
         self._check_guidance(class_labels, guidance_scale, classifier_scale)
+        self._check_vae(class_labels, output_type)
         batch_size = self._run_size(batch_size, class_labels, generator, latents)
 
         self._keep_settings(guidance_scale, classifier_scale)
@@ -453,6 +474,8 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
                 if i == len(schedule) - 1 or (i + 1 > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
 
+        if self.vae is not None and output_type != "latent":
+            sample = self.decode_latents(sample, class_labels)
         images = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()
 
@@ -460,6 +483,24 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         if not return_dict:
             return (images, trajectory) if return_trajectory else (images,)
         return GuidedDiffusionPipelineOutput(images=images, trajectory=trajectory)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, class_labels: ClassLabels | None = None) -> torch.Tensor:
+        """Images (B, C, H, W) in [-1, 1] of scaled latents, such as the states and predictions of a trajectory.
+
+        Args:
+            latents: As the network draws them, (B, C_z, h, w).
+            class_labels: Of a vae that has classes: one label for all or one each.
+
+        Raises:
+            ValueError: If there is no vae, or a label is unknown.
+        """
+        if self.vae is None:
+            raise ValueError("this pipeline draws images: it has no vae to decode latents with")
+        latents, labels = latents.to(self._execution_device), None
+        if self._classes_of_vae is not None and class_labels is not None:
+            labels = self._label_tensor(self.label_ids(class_labels), len(latents))
+        return images_of_latents(self.vae, latents, labels)
 
     def _callback_inputs(self, callback: object, names: Sequence[str]) -> Sequence[str]:
         """The names of the tensors that the callback is given."""
@@ -488,18 +529,6 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         if label_ids is None:
             return None
         return torch.tensor(label_ids, device=self._execution_device).reshape(-1).expand(batch_size)
-
-
-def _with_integer_ids(id2label: dict[int, str] | dict[str, str]) -> dict[int, str]:
-    """JSON makes every key a string."""
-    return {int(label): name for label, name in id2label.items()}
-
-
-def _is_single(class_labels: ClassLabels | None) -> bool:
-    """Whether one label stands for the whole batch."""
-    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-        return class_labels.ndim == 0
-    return isinstance(class_labels, str) or not isinstance(class_labels, Sequence)
 
 
 def _trajectory(states: list[torch.Tensor], predictions: list[torch.Tensor], schedule: torch.Tensor) -> Trajectory:

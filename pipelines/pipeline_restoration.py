@@ -64,7 +64,7 @@ class RestorationPipeline(GuidedDiffusionPipeline):
     The components and their folder are those of `GuidedDiffusionPipeline`, classes and guidance included, so whatever
     `training/train_ddpm.py` wrote loads, and one at hand is taken as `RestorationPipeline(**pipeline.components,
     id2label=pipeline.id2label, null_label=pipeline.null_label)`. The network may also be one of latents, measured as
-    latents.
+    latents, without a vae: what is measured of images is not linear in their latents.
 
     Example:
         >>> import torch
@@ -249,6 +249,11 @@ class RestorationPipeline(GuidedDiffusionPipeline):
         data_mean: float | torch.Tensor,
         data_variance: float | torch.Tensor,
     ) -> None:
+        if self.vae is not None:
+            raise ValueError(
+                "restoration is of what the network draws, and with a vae these are latents, of which an image's "
+                "measurement is not linear: take a pipeline of images, or set pipeline.vae = None and measure latents"
+            )
         # not by its class, of which an exported scheduler and an exported pipeline have a copy each
         if not hasattr(self.scheduler, "signal_and_noise"):
             raise ValueError(

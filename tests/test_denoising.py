@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from diffusers.utils import logging
 from sklearn.decomposition import PCA
 
-from annealers import AnnealedLangevinScheduler, DDPMAncestralScheduler, denoising
+from annealers import AnnealedLangevinScheduler, DDPMAncestralScheduler, attractors, denoising
 from annealers.denoising import (
     DenoisingAutoencoder,
     LinearDenoisingAutoencoder,
@@ -526,4 +526,5 @@ def test_what_does_not_fit_the_linear_denoiser_is_refused():
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(denoising).failed == 0
+    for module in (denoising, attractors):
+        assert doctest.testmod(module).failed == 0

@@ -18,7 +18,7 @@ from fake_hub import FakeHub
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from annealers import GuidedDiffusionPipeline
+from annealers import GuidedDiffusionPipeline, VAEModel, VAEPipeline
 from annealers.configuration import check_same_run, config_to_dict, parse_config
 from annealers.data import load_data, validation_batches
 from annealers.losses import variational_bound_term
@@ -81,8 +81,18 @@ def one_process(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Runs on two processes: whole, with accumulation, resumed at step 3 of the first, and sampled timesteps."""
+def autoencoder(tmp_path_factory):
+    """The folder of an autoencoder with classes."""
+    torch.manual_seed(0)
+    size = {"in_channels": 1, "sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    folder = tmp_path_factory.mktemp("autoencoder")
+    VAEPipeline(VAEModel(**size, num_class_embeds=10, scaling_factor=0.7)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, autoencoder):
+    """Runs on two processes: whole, with accumulation, resumed at step 3 of the first, sampled timesteps, latents."""
     root = tmp_path_factory.mktemp("two")
     resumed_from = str(root / "whole" / "checkpoints" / "checkpoint-00000003")
     runs = [
@@ -90,6 +100,7 @@ def two_processes(tmp_path_factory):
         arguments(root / "accumulated", "--gradient_accumulation_steps", 2),
         arguments(root / "resumed", "--resume", resumed_from),
         *(arguments(root / name, *more, "--gradient_accumulation_steps", 2) for name, more in SAMPLED.items()),
+        arguments(root / "latent", "--vae", autoencoder),
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = ROOT / "tests" / "support" / "train_twice.py"
@@ -104,6 +115,12 @@ def two_processes(tmp_path_factory):
 def test_two_processes_train_the_weights_of_one(one_process, two_processes):
     assert largest_difference(weights(one_process, "live"), weights(two_processes / "whole", "live")) < 1e-5
     assert largest_difference(weights(one_process), weights(two_processes / "whole")) < 1e-5
+
+
+def test_two_processes_train_on_the_latents_of_one(two_processes, autoencoder, tmp_path):
+    main(arguments(tmp_path, "--vae", autoencoder))
+    assert largest_difference(weights(tmp_path, "live"), weights(two_processes / "latent", "live")) < 1e-5
+    assert largest_difference(weights(tmp_path), weights(two_processes / "latent")) < 1e-5
 
 
 def test_the_comparison_of_processes_can_fail(one_process, tmp_path):

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from PIL import Image
 from torch import nn
 
@@ -101,18 +101,29 @@ class ImageTask(Task):
         """The class that stands for no class, after the data's own."""
         return None if self.id2label is None else len(self.id2label)
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees: of the images, unless a task says otherwise."""
+        return self.data.channels, self.data.resolution, self.data.resolution
+
+    @property
+    def vae(self) -> ModelMixin | None:
+        """What decodes images from what the network draws, if that is latents."""
+        return None
+
     def unet(self, out_channels: int, **architecture: object) -> UNet2DModel:
         """A UNet as the options describe it, with random weights; `architecture` is passed on to it."""
-        config, data = self.config, self.data
+        config, (channels, height, width) = self.config, self.sample_shape
         levels = len(config.block_out_channels)
-        if data.resolution % 2 ** (levels - 1) != 0:
+        if height % 2 ** (levels - 1) != 0 or width % 2 ** (levels - 1) != 0:
+            sides = f"{height} pixels" if self.vae is None else f"latents of {height} x {width}"
             raise ValueError(
-                f"{levels} resolution levels halve the image {levels - 1} times, which {data.resolution} pixels do "
+                f"{levels} resolution levels halve the image {levels - 1} times, which {sides} do "
                 f"not allow; choose --resolution as a multiple of {2 ** (levels - 1)} or fewer --block-out-channels"
             )
         return UNet2DModel(
-            sample_size=data.resolution,
-            in_channels=data.channels,
+            sample_size=height if height == width else (height, width),
+            in_channels=channels,
             out_channels=out_channels,
             block_out_channels=tuple(config.block_out_channels),
             layers_per_block=config.layers_per_block,
@@ -172,7 +183,7 @@ class ImageTask(Task):
 
     def pipeline(self, objective: nn.Module) -> GuidedDiffusionPipeline:
         return GuidedDiffusionPipeline(
-            objective.network, objective.scheduler, id2label=self.id2label, null_label=self.null_label
+            objective.network, objective.scheduler, id2label=self.id2label, null_label=self.null_label, vae=self.vae
         )
 
     def example(self) -> str:
@@ -185,14 +196,17 @@ class ImageTask(Task):
         mine = my_share(rows * columns, accelerator)
         pipeline = self.pipeline(accelerator.unwrap_model(objective))
         pipeline.set_progress_bar_config(disable=True)
+        class_labels = None if self.id2label is None else [i // columns for i in mine]
         images = pipeline(
             batch_size=len(mine),
-            class_labels=None if self.id2label is None else [i // columns for i in mine],
+            class_labels=class_labels,
             guidance_scale=self.config.guidance_scale if self.id2label is not None else 1.0,
             num_inference_steps=self.config.num_inference_steps,
             generator=[torch.Generator().manual_seed(self.randomness.step_seed(i, 0)) for i in mine],
             output_type="latent",
         ).images
+        if self.vae is not None:
+            images = pipeline.decode_latents(images, class_labels)
         return gathered_images(images, rows * columns, accelerator)
 
     def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:

@@ -213,6 +213,8 @@ class ClassifierTask(Task):
 def check_match(data: ImageData, diffusion: GuidedDiffusionPipeline) -> None:
     """Raises ValueError unless the diffusion model is of such images, and of these classes if it knows any."""
     network, names = diffusion.unet.config, data.id2label or {}
+    if diffusion.vae is not None:
+        raise ValueError("the diffusion model draws latents, of which this script trains no classifier")
     for name, ours, theirs in (
         ("channels", data.channels, network.in_channels),
         ("resolution", data.resolution, network.sample_size),

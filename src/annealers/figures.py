@@ -54,6 +54,31 @@ def save_grid(
     image_grid([enlarge(image, scale) for image in images], columns, padding).save(path)
 
 
+def labelled(
+    grid: PIL.Image.Image, column_names: Sequence[str] = (), row_names: Sequence[str] = ()
+) -> PIL.Image.Image:
+    """Writes names above the columns and to the left of the rows of a grid, in white margins as large as they need.
+
+    Args:
+        grid: Of columns of one width, and rows of one height.
+        column_names: One for each column, from the left; none leaves out the margin.
+        row_names: One for each row, from above.
+    """
+    font = PIL.ImageFont.load_default(10)
+    left = max((math.ceil(font.getlength(name)) + 6 for name in row_names), default=0)
+    top = LABEL_HEIGHT if column_names else 0
+    picture = PIL.Image.new(grid.mode, (left + grid.width, top + grid.height), "white")
+    picture.paste(grid, (left, top))
+    draw = PIL.ImageDraw.Draw(picture)
+    for i, name in enumerate(column_names):
+        x = left + (i + 0.5) * grid.width / len(column_names)
+        draw.text((x, top / 2), name, fill="black", anchor="mm", font=font)
+    for i, name in enumerate(row_names):
+        y = top + (i + 0.5) * grid.height / len(row_names)
+        draw.text((left / 2, y), name, fill="black", anchor="mm", font=font)
+    return picture
+
+
 def to_pil(samples: torch.Tensor) -> list[PIL.Image.Image]:
     """PIL images of (B, C, H, W) in [-1, 1], C = 1 or 3; values outside are clipped, as those of x_t are."""
     if samples.shape[1] not in (1, 3):
@@ -92,7 +117,7 @@ def trajectory_strip(
     if not labels:
         return strip
     names = [f"t={t:g}" for t in trajectory.timesteps.tolist()] + ["x_0"]
-    return _labelled(strip, [names[moment] for moment in moments])
+    return labelled(strip, column_names=[names[moment] for moment in moments])
 
 
 def save_trajectory_gif(
@@ -129,14 +154,3 @@ def _moments(length: int, count: int) -> list[int]:
     if count < 2:
         raise ValueError(f"need count >= 2, the noise and the image, got {count}")
     return torch.linspace(0, length - 1, min(count, length)).round().long().tolist()
-
-
-def _labelled(strip: PIL.Image.Image, names: list[str]) -> PIL.Image.Image:
-    """Adds a white line above the strip with one name per column."""
-    labelled = PIL.Image.new(strip.mode, (strip.width, strip.height + LABEL_HEIGHT), "white")
-    labelled.paste(strip, (0, LABEL_HEIGHT))
-    draw, font = PIL.ImageDraw.Draw(labelled), PIL.ImageFont.load_default(10)
-    column = strip.width / len(names)
-    for i, name in enumerate(names):
-        draw.text(((i + 0.5) * column, LABEL_HEIGHT / 2), name, fill="black", anchor="mm", font=font)
-    return labelled

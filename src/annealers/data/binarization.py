@@ -20,7 +20,10 @@ STATIC_SEED = 0  # one for all runs, or it would not be static
 
 def binarize(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """-1 or 1: white where u < (x + 1) / 2, with u uniform on [0, 1) of the shape of the images, in [-1, 1]."""
-    return torch.where(uniform.to(images) < (images + 1) / 2, 1.0, -1.0).to(images)
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    below_one = 1 - torch.finfo(dtype).eps / 2
+    u = uniform.to(images.device, dtype).clamp(max=below_one)  # what rounds to 1 would make a white pixel black
+    return torch.where(u < (images.to(dtype) + 1) / 2, 1.0, -1.0).to(images)
 
 
 def binarized_batch(

@@ -164,6 +164,7 @@ class DiscretizedLogisticLikelihood(PixelLikelihood):
         return discretized_logistic_log_prob(sample, mean, log_scale, self.num_levels)
 
     def mean(self, parameters: torch.Tensor) -> torch.Tensor:
+        """m, which is E[x] but for what rounding to the grid and its ends change."""
         return parameters.chunk(2, dim=1)[0].clamp(-1, 1)
 
     def draw(self, parameters: torch.Tensor, generator: Generators | None = None) -> torch.Tensor:

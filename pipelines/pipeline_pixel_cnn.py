@@ -1,0 +1,165 @@
+"""Images drawn pixel after pixel, and completions of images of which some pixels are given.
+
+    x_i ~ p(x_i | x_1 .. x_{i-1}, y),        in raster order, x_i a level 0 .. K - 1,        x -> 2 x / (K - 1) - 1
+
+With a temperature T and the k likeliest values only, each is drawn from p^(1/T) of those, up to the constant; T = 1
+and no k is the model itself. Given pixels are kept, and every later pixel knows of them. They do not act on pixels
+before them: what is drawn is the model's law of the rest if what is given comes first, such as the upper half.
+
+Source: van den Oord, Kalchbrenner & Kavukcuoglu 2016, "Pixel Recurrent Neural Networks", arXiv:1601.06759, Fig. 1.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from annealers.models.pixel_likelihood import levels_to_values, values_to_levels
+from annealers.pipelines.annealers_pipeline import AnnealersPipeline
+from annealers.pipelines.class_labels import ClassLabels, common_batch_size, integer_names, label_tensor
+
+Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PIL_CHANNELS = (1, 3)
+
+
+class PixelCNNPipeline(AnnealersPipeline):
+    """Draws and completes images with a `PixelCNNModel` of pixels.
+
+    Args:
+        pixel_cnn: The model; its K codes are taken as levels from black to white.
+        id2label: Name of each class id; None if the classes have none.
+
+    Raises:
+        ValueError: If a name is of no class of the model.
+
+    Example:
+        >>> import torch
+        >>> from annealers import PixelCNNModel, PixelCNNPipeline
+        >>> model = PixelCNNModel(2, sample_size=8, channels=16, num_layers=3, num_class_embeds=2)
+        >>> pipeline = PixelCNNPipeline(model, id2label={0: "cat", 1: "dog"})
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> images = pipeline(class_labels=["dog", "cat"]).images
+        >>> upper_half = torch.arange(8).unsqueeze(1).expand(8, 8) < 4
+        >>> completed = pipeline(class_labels="dog", image=images[0], known=upper_half, batch_size=3).images
+        >>> len(completed), completed[0].size
+        (3, (8, 8))
+    """
+
+    __module__ = "annealers"  # its public name
+
+    model_cpu_offload_seq = "pixel_cnn"
+    _exclude_from_cpu_offload = ["pixel_cnn"]  # part by part, which its masked weights do not allow
+
+    def __init__(self, pixel_cnn: ModelMixin, id2label: dict[int, str] | dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.register_modules(pixel_cnn=pixel_cnn)
+        self.id2label = integer_names(id2label, pixel_cnn.config.num_class_embeds)
+        self.register_to_config(id2label=self.id2label)
+        channels = pixel_cnn.config.in_channels
+        self.image_processor = VaeImageProcessor(
+            do_resize=False, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: ClassLabels | None = None,
+        image: Images | None = None,
+        known: torch.Tensor | np.ndarray | None = None,
+        condition: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draws a batch of images, or completes one.
+
+        Args:
+            batch_size: Number of images, B. Taken from `class_labels`, `image`, `known`, `condition` or `generator` if
+                they have a length, which one image for all has not; 1 if none does.
+            class_labels: One label for all images or one per image, each a class id or a name of `id2label`; for a
+                model that has classes.
+            image: What to complete, one for all or B: PIL images, an array (B, H, W, C) in [0, 1], or a tensor
+                (B, C, H, W) in [-1, 1], of the size of the model's images. Each value counts as the nearest of the K.
+            known: Which pixels of it are given, True there, (H, W) or (B, 1, H, W).
+            condition: (B, Y, H, W), for a model with `condition_channels`.
+            temperature: T > 0; below 1 likelier values.
+            top_k: Draw among the k likeliest values only; None among all. Of a categorical model.
+            generator: One for the batch, or a list with one per image; with a list no image depends on the others.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", the same as a
+                tensor (B, C, H, W) in [-1, 1].
+            return_dict: Return an `ImagePipelineOutput` rather than a tuple.
+
+        Raises:
+            ValueError: If the arguments disagree on B, a label is missing or unknown, there is one of `image` and
+                `known` without the other, one of them does not fit the model, or the output type does not exist for
+                this number of channels.
+        """
+        self._check_output_type(output_type)
+        prompt = None if image is None else self._values(image)  # (B or 1, C, H, W)
+        known = None if known is None else torch.as_tensor(known)
+        batch_size = common_batch_size(
+            class_labels,
+            batch_size=batch_size,
+            image=_length(prompt),
+            known=_length(known) if known is not None and known.ndim == 4 else None,
+            condition=None if condition is None else len(condition),
+            generator=len(generator) if isinstance(generator, list) else None,
+        )
+        model, device = self.pixel_cnn, self._execution_device
+        K = model.config.num_embeddings
+        if prompt is not None:
+            prompt = values_to_levels(prompt, K).expand(batch_size, -1, -1, -1)
+        codes = model.generate(
+            batch_size,
+            class_labels=label_tensor(class_labels, self.id2label, model.config.num_class_embeds, batch_size, device),
+            condition=None if condition is None else condition.to(device),
+            generator=generator,
+            temperature=temperature,
+            top_k=top_k,
+            prompt=prompt,
+            known=known,
+            progress_bar=self.progress_bar,
+        )
+        images = self.image_processor.postprocess(levels_to_values(codes, K), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        channels = self.pixel_cnn.config.in_channels
+        if output_type == "pil" and channels not in PIL_CHANNELS:
+            raise ValueError(f"a PIL image has 1 or 3 channels, this model's has {channels}: use output_type='pt'")
+
+    def _values(self, image: Images) -> torch.Tensor:
+        """Images as (B, C, H, W) in [-1, 1], of the size of the model's."""
+        channels, size = self.pixel_cnn.config.in_channels, self.pixel_cnn.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if isinstance(image, np.ndarray):
+            if image.ndim != 4:
+                raise ValueError(f"an array must be (B, H, W, C), got shape {image.shape}")
+            image = 2 * torch.from_numpy(image).movedim(-1, 1) - 1
+        if not isinstance(image, torch.Tensor):
+            image = self.image_processor.preprocess(image)
+        if image.ndim != 4 or image.shape[1:] != (channels, height, width) or len(image) == 0:
+            raise ValueError(f"the model's images are (B, {channels}, {height}, {width}), got {tuple(image.shape)}")
+        if not image.abs().max() <= 1:  # NaN too
+            raise ValueError(
+                "image must lie in [-1, 1] as a tensor and in [0, 1] as an array, which as a tensor is "
+                f"{image.min():.4g} .. {image.max():.4g}"
+            )
+        return image
+
+
+def _length(values: torch.Tensor | None) -> int | None:
+    """Its batch size; one stands for all and has none."""
+    return None if values is None or len(values) == 1 else len(values)
