@@ -67,7 +67,7 @@ PUBLISHED = {  # (model, kind, value, of which images, source); nats of MNIST, b
         ("PixelCNN++", "exact", 2.92, "", "arXiv:1701.05517, Table 1"),
         ("diffusion, 2015", "VLB", 5.40, "", "arXiv:2006.11239, Table 1"),
         ("DDPM, L_simple", "VLB", 3.75, "", "arXiv:2006.11239, Table 1"),
-        ("improved DDPM", "VLB", 2.94, "", "arXiv:2102.09672, Table 2"),
+        ("improved DDPM", "VLB", 2.94, "", "arXiv:2102.09672"),
         ("VDM", "VLB", 2.65, "", "arXiv:2107.00630, Table 1"),
     ],
 }
@@ -148,7 +148,7 @@ def of_folder(name: str, folder: str, data: Any, options: argparse.Namespace) ->
             "class": type(model).__name__,
             "kind": kind,
             "levels": levels,
-            "given_class": conditional,
+            "given_class": conditional and "uniform codes" not in kind,
             "parameters": sum(p.numel() for p in pipeline_parameters(pipeline)),
             **statistics(torch.cat(parts), size),
             "training": training_of(folder),

@@ -11,8 +11,8 @@ labels of each digit, drawn eight times anew, four classifiers, which it asks fo
     fine-tuned      encoder and linear layer, all trained, which at first are the encoder of the autoencoder and the
                     linear probe (Kumar et al. 2022, arXiv:2202.10054)
 
-All four of a draw see the same labels, so their differences are more certain than the accuracies. In four minutes on a
-CPU it writes
+All four of a draw see the same labels, so their differences are more certain than the accuracies. It takes one core of
+a CPU four to six minutes, and writes
 
     few_labels.png     accuracy over the number of labels, with standard errors over the draws
     few_labels.json    the table

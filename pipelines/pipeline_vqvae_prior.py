@@ -62,17 +62,17 @@ class VQVAEPriorPipeline(AnnealersPipeline):
         super().__init__()
         self.register_modules(vqvae=vqvae, prior=prior)
         if prior is not None:
-            check_prior(vqvae, prior)
             id2label = integer_names(id2label, prior.config.num_class_embeds)
         self.id2label = id2label
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor()
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Diffusers 0.42 would leave out of `save_pretrained` a prior that is set where there was none before."""
+        """A prior is checked, and saved even if there was none before: Diffusers 0.42 would leave it out."""
+        if name == "prior" and value is not None:
+            check_prior(self.vqvae, value)
         super().__setattr__(name, value)
         if name == "prior" and value is not None and self.config[name][0] is None:
-            check_prior(self.vqvae, value)
             self.register_modules(prior=value)
 
     @torch.no_grad()

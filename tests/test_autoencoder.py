@@ -84,12 +84,14 @@ def test_an_image_is_encoded_and_decoded_by_itself(flat):
 
 
 def test_the_options_reach_both_halves():
-    model = model_of(layers_per_block=2, norm_num_groups=4, mid_block_add_attention=False, block_out_channels=(8, 12))
-    assert [len(block.resnets) for block in model.encoder.trunk.down_blocks] == [2, 2]
-    assert [len(block.resnets) for block in model.decoder.trunk.up_blocks] == [3, 3]
-    for half in (model.encoder, model.decoder):
-        groups = {module.num_groups for module in half.modules() if isinstance(module, nn.GroupNorm)}
-        assert groups == {4} and half.trunk.mid_block.attentions[0] is None
+    settings = {"layers_per_block": 2, "mid_block_add_attention": False, "block_out_channels": (8, 16)}
+    for groups in (4, 8):
+        model = model_of(norm_num_groups=groups, **settings)
+        for half in (model.encoder, model.decoder):
+            assert {m.num_groups for m in half.modules() if isinstance(m, nn.GroupNorm)} == {groups}
+            assert half.trunk.mid_block.attentions[0] is None
+        assert [len(block.resnets) for block in model.encoder.trunk.down_blocks] == [2, 2]
+        assert [len(block.resnets) for block in model.decoder.trunk.up_blocks] == [3, 3]
     assert model_of().encoder.trunk.mid_block.attentions[0] is not None
 
 

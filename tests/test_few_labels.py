@@ -131,11 +131,11 @@ def test_a_table_that_cannot_be_made_is_refused_before_anything_is_trained(argum
 
 
 def test_a_draw_has_as_many_labels_of_each_digit_and_none_twice(script, digits):
-    rows = script["drawn_rows"](digits.labels, 7, seed=3)
-    assert len(rows.unique()) == 70
-    assert torch.bincount(digits.labels[rows]).tolist() == [7] * 10
-    assert torch.equal(rows, script["drawn_rows"](digits.labels, 7, seed=3))
-    assert (rows != script["drawn_rows"](digits.labels, 7, seed=4)).any()
+    rows = script["drawn_rows"](digits.labels, 90, seed=3)
+    assert len(rows.unique()) == 900
+    assert torch.bincount(digits.labels[rows]).tolist() == [90] * 10
+    assert torch.equal(rows, script["drawn_rows"](digits.labels, 90, seed=3))
+    assert (rows != script["drawn_rows"](digits.labels, 90, seed=4)).any()
 
 
 # ---- what each classifier begins with -------------------------------------------------------------------------------

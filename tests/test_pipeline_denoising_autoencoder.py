@@ -137,6 +137,11 @@ def test_pictures_arrays_and_tensors_begin_at_the_same_place(channels):
     )
 
 
+def test_a_picture_keeps_its_size():
+    picture = PIL.Image.new("L", (14, 10), 100)
+    assert pipeline_of()(picture, num_inference_steps=2).images[0].size == (14, 10)
+
+
 def test_a_colour_picture_is_made_grey_for_a_grey_autoencoder_and_a_grey_one_coloured():
     grey, colour = PIL.Image.new("L", (8, 8), 100), PIL.Image.new("RGB", (8, 8), (100, 100, 100))
     for pipeline in (pipeline_of(), pipeline_of(in_channels=3, out_channels=3)):

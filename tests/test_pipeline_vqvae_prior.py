@@ -158,6 +158,8 @@ def test_a_prior_that_is_set_later_is_used_and_saved(tmp_path):
     assert torch.equal(images_of(loaded), images_of(pipeline_of()))
     with pytest.raises(ValueError, match="num_embeddings 5, those of the prior 6"):
         VQVAEPriorPipeline(vqvae_of()).prior = prior_of(num_embeddings=6)
+    with pytest.raises(ValueError, match="num_embeddings 5, those of the prior 6"):
+        pipeline.prior = prior_of(num_embeddings=6)
 
 
 # ---- what fits ------------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ def test_validation_counts_every_image_once(monkeypatch):
     assert values["images"] == len(images) == 37
     held_out = torch.cat([batch["images"] for batch in validation_batches(task.data, 16, max_samples=37)])
     assert torch.equal(images, held_out)
+    assert not torch.isin(noise, task.draws(batch_of(37))["noise"]).all()  # not that of the first training images
     with torch.no_grad():
         errors = objective.network.denoise(images + 0.5 * noise) - images
         clean = objective.network.denoise(images) - images

@@ -20,7 +20,7 @@ from annealers.data import load_data, validation_batches
 from annealers.feature_loss import FeatureLoss
 from annealers.image_degradations import DegradationRanges, degrade
 from annealers.randomness import PositionalRandomness
-from annealers.training.train_codeformer import CodeFormerConfig, CodeFormerTask, main
+from annealers.training.train_codeformer import CodeFormerConfig, CodeFormerTask, main, psnr
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -118,10 +118,9 @@ def one_process(tmp_path_factory, vqvae, features):
 
 
 def test_two_processes_with_accumulation_train_measure_and_picture_as_one_does(one_process, vqvae, features, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = [*GAME, "--feature_network", features, "--gradient_accumulation_steps", 2]
     runs = json.dumps([arguments(tmp_path, vqvae, *options)])
-    command = [*launch, ROOT / "tests" / "support" / "train_twice.py", runs, "train_codeformer"]
+    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", runs, "train_codeformer"]
     done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert largest_difference(weights(one_process), weights(tmp_path)) < 1e-5
@@ -347,26 +346,32 @@ def test_validation_measures_codes_and_images(vqvae):
     bad = codeformer.degraded("validation", batch)
     codes = network.vqvae.encode(good).indices
 
-    def psnr(images):
+    def mean_psnr(images):
         error = (images.clamp(-1, 1) - good).double().square().mean((1, 2, 3))
         return (20 * torch.log10(2 / error.sqrt())).mean().item()
 
     with torch.no_grad():
         output = network(bad, good)
         expected = {
-            "psnr_degraded": psnr(bad),
-            "psnr_vqvae": psnr(network.vqvae(bad).sample),
-            "psnr_nearest": psnr(network.vqvae(bad).sample),  # the second encoder is still the first
-            "psnr_codes": psnr(network.vqvae.decode_indices(codes).sample),
+            "psnr_degraded": mean_psnr(bad),
+            "psnr_vqvae": mean_psnr(network.vqvae(bad).sample),
+            "psnr_nearest": mean_psnr(network.vqvae(bad).sample),  # the second encoder is still the first
+            "psnr_codes": mean_psnr(network.vqvae.decode_indices(codes).sample),
             "accuracy": (output.indices == codes).double().mean().item(),
             "token": output.token.mean().item(),
             "images": 20,
         }
         for w in (0, 0.5, 1):
-            expected[f"psnr_w_{w}"] = psnr(network(bad, fidelity_weight=w).sample)
+            expected[f"psnr_w_{w}"] = mean_psnr(network(bad, fidelity_weight=w).sample)
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, rel=1e-5), name
     assert len({values[f"psnr_w_{w}"] for w in (0, 0.5, 1)}) == 3
+
+
+def test_the_psnr_is_of_images_as_they_are_shown():
+    """A Gaussian's mean may lie beyond what a picture can hold."""
+    images, truth = torch.tensor([3.0, 0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    torch.testing.assert_close(psnr(images, truth), 20 * torch.tensor([2.0, 4.0]).log10())
 
 
 def test_what_is_nearest_to_a_trained_encoder_is_not_what_the_vqvae_finds(vqvae):

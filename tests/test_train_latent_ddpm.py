@@ -2,6 +2,7 @@
 
 import json
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -137,7 +138,11 @@ def test_validation_has_losses_and_no_bound_of_images(one_process):
     lines = [json.loads(line) for line in (one_process / "metrics.jsonl").read_text().splitlines()]
     validated = [line for line in lines if any("quarter" in name for name in line)]
     assert validated and not any("vlb" in name for line in validated for name in line)
-    assert (one_process / "samples.png").is_file()
+
+
+def test_the_pictures_of_a_run_are_of_decoded_images(one_process):
+    with PIL.Image.open(one_process / "samples.png") as picture:
+        assert (picture.mode, picture.size) == ("L", (48, 10 * 48 + 9 * 2))  # a grey image of 8 x 8 for each class
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

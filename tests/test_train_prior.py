@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -418,3 +419,19 @@ def test_options_that_contradict_each_other_are_refused(options, message, capsys
     with pytest.raises(SystemExit):
         main(options)
     assert message in capsys.readouterr().err
+
+
+def test_the_table_of_likelihoods_has_the_number_of_the_validation_and_that_of_equal_codes(one_process, tmp_path):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "image_likelihood.py"))
+    models = [f"{kind}={one_process / kind / 'pipeline'}" for kind in KINDS]
+    script["main"]([*models, "--name", "digits", "--dataset", "digits", "--images", "20", "--out", str(tmp_path)])
+    rows = {row["kind"]: row for row in json.loads((tmp_path / "digits_likelihood.json").read_text())["rows"]}
+    assert rows.keys() == {"exact", "two-stage", "two-stage, uniform codes"}
+    validated = {kind: metrics(one_process, kind)[-1] for kind in KINDS}
+    assert rows["exact"]["nats"] == pytest.approx(validated["pixels"]["validation/nats"], rel=1e-5)
+    assert rows["exact"]["bits_per_dim"] == pytest.approx(validated["pixels"]["validation/bits_per_dim"], rel=1e-5)
+    saved_by_the_prior = rows["two-stage, uniform codes"]["nats"] - rows["two-stage"]["nats"]
+    expected = 16 * math.log(6) - validated["codes"]["validation/code_nats"]  # but for draws of the dequantisation
+    assert saved_by_the_prior == pytest.approx(expected, abs=0.5)
+    page = (tmp_path / "digits_likelihood.md").read_text()
+    assert "of 17 levels" in page and "two-stage, given the class" in page

@@ -7,18 +7,22 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal
 
 from annealers import HierarchicalVAEModel, VAEModel, VAEPipeline
+from annealers.collapse import LatentUse
 from annealers.data import load_data, train_batches, validation_batches
 from annealers.randomness import PositionalRandomness
+from annealers.training import train_vae
 from annealers.training.train_vae import VAEConfig, VAETask, main
 
 ROOT = Path(__file__).parents[1]
@@ -204,23 +208,23 @@ def test_free_bits_are_free_and_not_reported():
     torch.testing.assert_close(terms["elbo_nats"], terms["nll"] + terms["kl"])
 
 
-class Centred(nn.Module):
-    """Knows nothing of images: a standard normal posterior, and a Gaussian at zero with the width of the data."""
+class Constant(nn.Module):
+    """Knows nothing of its input: an encoder of one posterior, (2 C_z,), or a decoder of one image, (1, H, W)."""
 
     def __init__(self, value):
         super().__init__()
-        self.value = value
+        self.value = value if value.ndim == 3 else value[:, None, None]
 
     def forward(self, x):
-        return x.new_full((len(x), *self.value[0]), self.value[1])
+        return self.value.expand(len(x), -1, -1, -1)
 
 
 def test_of_a_density_the_bound_is_that_of_the_levels():
     """A Gaussian as wide as the interval of a level around zero gives log2 of 1 / (density of x times its width)."""
     task = task_of(likelihood="gaussian", sigma=0.7, num_levels=17)
     objective = task.build().eval()
-    objective.network.encoder = Centred(((6, 1, 1), 0.0))
-    objective.network.decoder = Centred(((1, 8, 8), 0.0))
+    objective.network.encoder = Constant(torch.zeros(6))
+    objective.network.decoder = Constant(torch.zeros(1, 8, 8))
     values = task.validate(objective, Accelerator())
     bits = []
     for count in (6, 20):
@@ -251,6 +255,26 @@ def test_active_units_are_those_that_follow_the_image():
 
     objective.network.encoder = OneOfThree()
     assert task.validate(objective, Accelerator())["active_units"] == 1
+
+
+def test_active_units_are_counted_over_the_images_of_all_processes(monkeypatch):
+    """Each process sees a constant of its own, so that only both together see a unit move."""
+    task = task_of(importance_samples=0)
+    objective = task.build().eval()
+    objective.network.encoder = Constant(torch.zeros(6))
+    theirs = LatentUse()
+    theirs.update(DiagonalGaussianDistribution(torch.ones(20, 6, 1, 1)))
+    monkeypatch.setattr(train_vae, "gather_object", lambda uses: [*uses, theirs])
+    assert task.validate(objective, Accelerator())["active_units"] == 3
+
+
+def test_the_scale_is_that_of_the_latents_around_their_mean():
+    task = task_of(max_train_samples=None, latent_channels=[20])
+    objective = task.build().eval()
+    objective.network.encoder = Constant(torch.cat([torch.full((20,), 3.0), torch.full((20,), math.log(4.0))]))
+    task.before_saving(objective, Accelerator())
+    assert task.scaling_factor == pytest.approx(0.5, rel=0.015)  # of 28,840 values: three standard errors
+    assert task.pipeline(objective).vae.config.scaling_factor == task.scaling_factor
 
 
 def test_validation_leaves_out_beta_and_free_bits():
@@ -318,12 +342,39 @@ def test_a_latent_of_two_numbers_is_drawn_whole(tmp_path):
     assert pipeline.id2label is None and len(pipeline(batch_size=4).images) == 4
 
 
+class Labelled:
+    """A pipeline that paints what it is asked for: the label of a sample, and images as they are."""
+
+    def __call__(self, batch_size, class_labels, generator, output_type):
+        assert len(class_labels) == len(generator) == batch_size and output_type == "latent"
+        return SimpleNamespace(images=torch.tensor(class_labels).view(-1, 1, 1, 1) * torch.ones(1, 8, 8))
+
+    def reconstruct(self, images, class_labels, output_type):
+        assert len(class_labels) == len(images) and output_type == "latent"
+        return SimpleNamespace(images=-images)
+
+
+def test_pictures_have_a_row_for_each_class_and_images_above_what_becomes_of_them():
+    task = task_of(sample_columns=3)
+    samples = task.samples(Labelled(), Accelerator())
+    assert samples[:, 0, 0, 0].tolist() == [label for label in range(10) for _ in range(3)]
+    rows = task.reconstructions(Labelled(), Accelerator())
+    (batch,) = validation_batches(task.data, 3, max_samples=3)
+    torch.testing.assert_close(rows[:3], task.seen(batch, "validation")["images"])
+    assert torch.equal(rows[3:], -rows[:3])
+    wider = task_of(sample_columns=360).reconstructions(Labelled(), Accelerator())  # there are 355 held-out digits
+    assert wider.shape[0] == 720 and torch.equal(wider[360:715], -wider[:355])
+    assert (wider[355:360] == 1).all() and (wider[715:] == 1).all()
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_grey_images_for_a_law_of_black_and_white_are_refused(tmp_path):
+def test_grey_images_for_a_law_of_black_and_white_are_refused_before_the_network_sees_them():
+    """A compiled one would not look."""
+    task = task_of(likelihood="bernoulli")
     with pytest.raises(ValueError, match="--binarize dynamic"):
-        main(arguments(tmp_path, "--likelihood", "bernoulli", "--max_steps", 1))
+        task.draws(first_batch(task))
 
 
 def test_points_are_refused():

@@ -70,9 +70,9 @@ def one_process(tmp_path_factory):
 def two_processes(tmp_path_factory):
     """The same on two processes, with accumulation."""
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     runs = [arguments(folder / kind, *o, "--gradient_accumulation_steps", 2) for kind, o in KINDS.items()]
-    command = [*launch, ROOT / "tests" / "support" / "train_twice.py", json.dumps(runs), "train_vqvae"]
+    script = ROOT / "tests" / "support" / "train_twice.py"
+    command = [sys.executable, script, json.dumps(runs), "train_vqvae"]
     done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

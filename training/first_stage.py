@@ -38,7 +38,7 @@ class FirstStage:
             raise ValueError(
                 f"--vae needs a pipeline with an autoencoder, {' or '.join(COMPONENTS)}; {name} has {found}"
             )
-        self.vae: ModelMixin = pipeline.components[autoencoders[0]].requires_grad_(False).eval()
+        self.vae: ModelMixin = pipeline.components[autoencoders[0]].eval()
         self.takes_labels = self.vae.config.get("num_class_embeds") is not None
 
         channels = self.vae.config.in_channels

@@ -168,7 +168,7 @@ def given_pixels(
     if (prompt is None) != (known is None):
         missing = "prompt" if prompt is None else "known"
         raise ValueError(f"prompt (the codes) and known (the mask of given pixels) go together, {missing} is missing")
-    if prompt is None:
+    if prompt is None or known is None:
         codes = torch.zeros(batch_size, *shape, dtype=torch.long, device=device)
         return codes, torch.zeros(batch_size, 1, height, width, dtype=torch.bool, device=device)
     if prompt.shape != (batch_size, *shape):

@@ -287,8 +287,8 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
         check_class_labels(class_labels, self.config.num_class_embeds, batch_size)
         check_sampling(temperature, top_k, self.config.num_embeddings)
         device, K = self.device, self.config.num_embeddings
-        given, known = given_pixels(prompt, known, batch_size, self.code_shape, K, device)
-        codes, known = to_sequence(given), to_sequence(known.expand_as(given))  # (B, N)
+        given, kept = given_pixels(prompt, known, batch_size, self.code_shape, K, device)
+        codes, kept = to_sequence(given), to_sequence(kept.expand_as(given))  # (B, N)
         uniform = to_sequence(image_uniforms(batch_size, self.code_shape, generator, device, self.dtype))
         start = self._start(batch_size, class_labels)  # (B, 1, hidden)
         places = self._places(batch_size, condition)  # (B or 1, N, hidden)
@@ -309,7 +309,7 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
                         hidden = self._blocks(token + places[:, i : i + 1], caches)
                     logits = self.head(hidden[:, -1])  # (B, K)
                     drawn = categorical_quantile(sharpened(logits, temperature, top_k), uniform[:, i])
-                    codes[:, i] = torch.where(known[:, i], codes[:, i], drawn)
+                    codes[:, i] = torch.where(kept[:, i], codes[:, i], drawn)
         finally:
             self.train(was_training)
         return from_sequence(codes, self.code_shape)

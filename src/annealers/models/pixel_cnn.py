@@ -214,9 +214,9 @@ class PixelCNNModel(ModelMixin, ConfigMixin):
             got = None if condition is None else tuple(condition.shape)
             raise ValueError(f"condition must be {expected}, got {got}")
         of_class = of_condition = None
-        if class_labels is not None:
+        if class_labels is not None and self.class_embedding is not None:
             of_class = self.class_embedding(class_labels.to(self.device))[:, :, None, None]
-        if condition is not None:
+        if condition is not None and self.condition_in is not None:
             of_condition = self.condition_in(condition.to(self.device, self.dtype))
         if of_class is None or of_condition is None:
             return of_condition if of_class is None else of_class
@@ -312,7 +312,9 @@ class PixelCNNModel(ModelMixin, ConfigMixin):
 
     def _cache(self, context: torch.Tensor | None, batch_size: int, size: tuple[int, int]) -> GatedCache | MaskedCache:
         like = torch.empty(batch_size, 1, *size, device=self.device, dtype=self.dtype)
-        return (GatedCache if self.config.layer_type == "gated" else MaskedCache)(self.trunk, context, like)
+        if isinstance(self.trunk, GatedTrunk):
+            return GatedCache(self.trunk, context, like)
+        return MaskedCache(self.trunk, context, like)
 
     def _drawn(
         self, law: torch.Tensor, step: int, uniform: torch.Tensor, temperature: float, top_k: int | None

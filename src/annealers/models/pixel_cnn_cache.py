@@ -204,12 +204,12 @@ class CachedGatedLayer:
     def start(self, base: torch.Tensor, row: int) -> None:
         self.window.start_row(with_context(base, self.of_horizontal, row))
 
-    def at(self, column: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """H' and what is added to the features; the first layer's x is None, since it has been written."""
-        if not self.layer.first:
+    def at(self, column: int, x: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """H' and what is added to the features; x is None for the first layer, which reads what has been written."""
+        if x is not None:
             self.window.write(column, x)
         residual, skip = pointwise(self.layer.out, gate(self.window.read(column))).chunk(2, dim=1)
-        return residual if self.layer.first else x + residual, skip
+        return residual if x is None else x + residual, skip
 
 
 class GatedCache:
@@ -233,8 +233,8 @@ class GatedCache:
         self.layers[0].window.write(column, embedded)
 
     def read(self, column: int) -> torch.Tensor:
-        x, features = None, 0
-        for layer in self.layers:
+        x, features = self.layers[0].at(column, None)
+        for layer in self.layers[1:]:
             x, skip = layer.at(column, x)
             features = features + skip
         return features

@@ -235,15 +235,16 @@ class GatedTrunk(nn.Module):
 
     def forward(self, embedded: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """(B, in_channels, H, W) -> (B, C, H, W)."""
-        vertical = horizontal = embedded
-        features = 0
-        for layer in self.layers:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                vertical, horizontal, skip = self._gradient_checkpointing_func(layer, vertical, horizontal, context)
-            else:
-                vertical, horizontal, skip = layer(vertical, horizontal, context)
+        vertical, horizontal, features = self._layer(self.layers[0], embedded, embedded, context)
+        for layer in self.layers[1:]:
+            vertical, horizontal, skip = self._layer(layer, vertical, horizontal, context)
             features = features + skip
         return features
+
+    def _layer(self, layer: nn.Module, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(layer, *inputs)
+        return layer(*inputs)
 
 
 def one_row_down(x: torch.Tensor) -> torch.Tensor:
