@@ -1,4 +1,4 @@
-"""The encoder and decoder that the autoencoders share: Diffusers' own, with an optional flat latent.
+"""The encoder and decoder that the autoencoders share: Diffusers' own, with an optional flat latent, and their inputs.
 
 A spatial latent has the size (C_z, H / f, W / f), f = 2^(levels - 1). A flat one is a vector, kept as (C_z, 1, 1);
 so distributions, schedulers and pipelines treat both alike. A linear layer leads from the last feature map to it, and
@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
+
+from annealers.models.autoregressive import check_class_labels
 
 Size = int | tuple[int, int]
 
@@ -34,6 +36,46 @@ def feature_size(sample_size: Size, block_out_channels: tuple[int, ...]) -> tupl
             "block_out_channels"
         )
     return height // factor, width // factor
+
+
+def check_images(
+    x: torch.Tensor,
+    channels: int,
+    sample_size: Size,
+    block_out_channels: tuple[int, ...],
+    only_this_size: bool,
+) -> None:
+    """Raises ValueError unless x are images (B, C, H, W) of real numbers, of a size that the model takes.
+
+    Args:
+        x: Images in [-1, 1].
+        channels: C.
+        sample_size: Size of the training images.
+        block_out_channels: Of the levels, which have to divide any other size.
+        only_this_size: Whether there may be no other.
+    """
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    sides = (height, width) if only_this_size else ("H", "W")
+    if x.ndim != 4 or x.shape[1] != channels or (only_this_size and tuple(x.shape[2:]) != sides):
+        raise ValueError(f"images must be (B, {channels}, {sides[0]}, {sides[1]}), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"images must be of real numbers in [-1, 1], got {x.dtype}")
+    feature_size(tuple(x.shape[2:]), block_out_channels)  # raises
+
+
+def with_class_planes(
+    x: torch.Tensor, class_labels: torch.Tensor | None, class_embedding: nn.Embedding | None
+) -> torch.Tensor:
+    """An image or a latent (B, C, H, W), and beside it constant planes of its class if the model has classes.
+
+    Raises:
+        ValueError: Unless there is a label for each image exactly if the model has classes.
+    """
+    check_class_labels(class_labels, None if class_embedding is None else class_embedding.num_embeddings, len(x))
+    if class_embedding is None:
+        return x
+    planes = class_embedding(class_labels).to(x.dtype)[:, :, None, None]
+    return torch.cat([x, planes.expand(-1, -1, *x.shape[2:])], dim=1)
 
 
 class ConvolutionalEncoder(nn.Module):

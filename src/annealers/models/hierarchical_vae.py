@@ -51,11 +51,23 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from annealers.models.convolutional import ConvolutionalDecoder, ConvolutionalEncoder, Size, feature_size
-from annealers.models.pixel_likelihood import Generators, PixelLikelihood, at_least_float32, make_likelihood
+from annealers.models.convolutional import (
+    ConvolutionalDecoder,
+    ConvolutionalEncoder,
+    Size,
+    check_images,
+    feature_size,
+    with_class_planes,
+)
+from annealers.models.pixel_likelihood import (
+    Generators,
+    PixelLikelihood,
+    at_least_float32,
+    make_likelihood,
+    normal_numbers,
+)
 
 
 class LadderLayer(nn.Module):
@@ -253,7 +265,7 @@ class HierarchicalVAEModel(ModelMixin, ConfigMixin):
         """q(z_1 | x), and the features of each resolution level, (B, channels, H / 2^i, W / 2^i)."""
         self._check_images(x)
         trunk, features = self.encoder.trunk, []
-        x = trunk.conv_in(self._labelled(x, class_labels))
+        x = trunk.conv_in(self._with_class_planes(x, class_labels))
         for block in trunk.down_blocks:
             for resnet in block.resnets:
                 x = self._run(resnet, x, None)
@@ -298,7 +310,7 @@ class HierarchicalVAEModel(ModelMixin, ConfigMixin):
         z = posterior.mean + posterior.std * eps[0]
         drawn = [DrawnLayer(z, posterior, standard_normal_like(z))]
 
-        state = self._labelled(z.to(self.dtype), class_labels)
+        state = self._with_class_planes(z, class_labels)
         if self.decoder.from_flat is not None:
             state = self.decoder.from_flat(state.flatten(1)).unflatten(1, self.decoder.feature_shape)
         trunk = self.decoder.trunk
@@ -364,6 +376,7 @@ class HierarchicalVAEModel(ModelMixin, ConfigMixin):
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
+    @apply_forward_hook
     def log_prob(
         self,
         x: torch.Tensor,
@@ -439,27 +452,15 @@ class HierarchicalVAEModel(ModelMixin, ConfigMixin):
     # ---- noise, labels, shapes --------------------------------------------------------------------------------------
 
     def _noise(self, batch_size: int, generator: Generators | None, dtype: torch.dtype) -> torch.Tensor:
-        return randn_tensor((batch_size, *self.noise_shape), generator=generator, device=self.device, dtype=dtype)
+        return normal_numbers((batch_size, *self.noise_shape), generator, self.device, dtype)
 
-    def _labelled(self, x: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """The planes of the class beside those of an image or of z_1, if the model has classes."""
-        if self.class_embedding is None:
-            if class_labels is not None:
-                raise ValueError("class_labels were given to a model without classes (num_class_embeds=None)")
-            return x
-        if class_labels is None or class_labels.shape != (len(x),):
-            got = "none" if class_labels is None else f"{tuple(class_labels.shape)}"
-            raise ValueError(
-                f"a model of {self.config.num_class_embeds} classes needs class_labels of shape ({len(x)},), got {got}"
-            )
-        planes = self.class_embedding(class_labels).to(x.dtype)[:, :, None, None]
-        return torch.cat([x, planes.expand(-1, -1, *x.shape[2:])], dim=1)
+    def _with_class_planes(self, x: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        # Only here does an image become one of half precision: the likelihood wants the values that it has.
+        return with_class_planes(x.to(self.dtype), class_labels, self.class_embedding)
 
     def _check_images(self, x: torch.Tensor) -> None:
-        C, size = self.config.in_channels, self.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        if x.shape[1:] != (C, height, width):
-            raise ValueError(f"images must be (B, {C}, {height}, {width}), got {tuple(x.shape)}")
+        config = self.config
+        check_images(x, config.in_channels, config.sample_size, config.block_out_channels, only_this_size=True)
 
 
 def free_bits(kl_per_layer: torch.Tensor, minimum: float) -> torch.Tensor:

@@ -62,7 +62,7 @@ class PixelLikelihood(nn.Module, ABC):
 
     @property
     def nats_per_value(self) -> float:
-        """What is added to the negative log-likelihood for each value of an image, to make it one of 8-bit images."""
+        """What is added to the negative log-likelihood for each value, to make it one of images of `num_levels`."""
         return 0.0
 
     def log_prob(self, parameters: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ class GaussianLikelihood(PixelLikelihood):
         return parameters
 
     def draw(self, parameters: torch.Tensor, generator: Generators | None = None) -> torch.Tensor:
-        noise = randn_tensor(parameters.shape, generator, device=parameters.device, dtype=parameters.dtype)
+        noise = normal_numbers(parameters.shape, generator, parameters.device, parameters.dtype)
         return parameters + self.log_sigma.exp().to(parameters.dtype) * noise
 
 
@@ -311,13 +311,26 @@ def levels_to_values(k: torch.Tensor, num_levels: int, dtype: torch.dtype = torc
 def uniform_like(values: torch.Tensor, generator: Generators | None = None) -> torch.Tensor:
     """Uniform numbers inside (0, 1) in at least float32, of the shape of `values`; drawn where the generator lives."""
     dtype, shape = torch.promote_types(values.dtype, torch.float32), tuple(values.shape)
+    check_generators(generator, len(values))
     if isinstance(generator, list):
-        if len(generator) != len(values):
-            raise ValueError(f"need one generator for each of {len(values)} samples, got {len(generator)}")
         return torch.cat([uniform_like(row, one) for row, one in zip(values.split(1), generator, strict=True)])
     device = values.device if generator is None else generator.device
     u = torch.rand(shape, generator=generator, device=device, dtype=dtype).to(values.device)
     return u.clamp(torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps / 2)
+
+
+def normal_numbers(
+    shape: tuple[int, ...], generator: Generators | None, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Standard normal numbers of a shape (B, *), drawn where the generator lives."""
+    check_generators(generator, shape[0])  # Diffusers would draw everything with a single one, or leave some unused
+    return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+
+def check_generators(generator: Generators | None, count: int) -> None:
+    """Raises ValueError if there is a list of generators, but not one for each of so many samples."""
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"need one generator for each of {count} samples, got {len(generator)}")
 
 
 def check_binary(sample: torch.Tensor) -> None:

@@ -39,11 +39,23 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, D
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from annealers.models.convolutional import ConvolutionalDecoder, ConvolutionalEncoder, feature_size, reduction_factor
-from annealers.models.pixel_likelihood import Generators, PixelLikelihood, at_least_float32, make_likelihood
+from annealers.models.convolutional import (
+    ConvolutionalDecoder,
+    ConvolutionalEncoder,
+    check_images,
+    feature_size,
+    reduction_factor,
+    with_class_planes,
+)
+from annealers.models.pixel_likelihood import (
+    Generators,
+    PixelLikelihood,
+    at_least_float32,
+    make_likelihood,
+    normal_numbers,
+)
 
 TILE_OVERLAP = 0.25  # of a tile with the next; AutoencoderKL's
 
@@ -194,7 +206,7 @@ class VAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     def moments(self, x: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """mu and log sigma^2 beside each other, (B, 2 C_z, h, w)."""
         self._check_images(x)
-        return self.encoder(self._labelled(x, class_labels))
+        return self.encoder(self._with_class_planes(x, class_labels))
 
     def _encode_tiles(self, x: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         f = reduction_factor(self.config.block_out_channels)
@@ -240,12 +252,12 @@ class VAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if z.ndim != 4 or z.shape[1] != C_z or (self.config.flat_latent and list(z.shape[2:]) != flat_size):
             sides = "1, 1" if self.config.flat_latent else "h, w"
             raise ValueError(f"latents must be (B, {C_z}, {sides}), got {tuple(z.shape)}")
-        return self.decoder(self._labelled(z, class_labels))
+        return self.decoder(self._with_class_planes(z, class_labels))
 
     def prior_sample(self, batch_size: int, generator: Generators | None = None) -> torch.Tensor:
         """z ~ N(0, I), (B, C_z, h, w); a list of generators gives each sample its own."""
         shape = (batch_size, *self.latent_shape)
-        return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        return normal_numbers(shape, generator, self.device, self.dtype)
 
     def _decode_tiles(self, z: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         def mean(tile: torch.Tensor) -> torch.Tensor:
@@ -283,7 +295,7 @@ class VAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         z = posterior.mean
         if sample_posterior:
             if noise is None:
-                noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+                noise = normal_numbers(z.shape, generator, z.device, z.dtype)
             if noise.shape != z.shape:
                 raise ValueError(f"noise must be {tuple(z.shape)}, got {tuple(noise.shape)}")
             z = z + posterior.std * noise.to(z.dtype)
@@ -327,7 +339,7 @@ class VAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         for first in range(0, num_samples, chunk_size):
             c = min(chunk_size, num_samples - first)
             # One draw at a time: what they are does not depend on the size of the chunks.
-            eps = torch.stack([randn_tensor(shape, generator, device, dtype) for _ in range(c)])  # (c, B, C_z, h, w)
+            eps = torch.stack([normal_numbers(shape, generator, device, dtype) for _ in range(c)])  # (c, B, C_z, h, w)
             z = posterior.mean + posterior.std * eps
             labels = None if class_labels is None else class_labels.repeat(c)
             parameters = self._parameters_of(z.flatten(0, 1), labels)
@@ -349,29 +361,13 @@ class VAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError("a model with flat_latent=True cannot encode tiles: its latent is of the whole image")
         super().enable_tiling()
 
-    def _labelled(self, x: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """An image or a latent as the network takes it: with the planes of the class, if the model has classes."""
-        x = x.to(self.dtype)  # an image in half precision would not have the values that the likelihood wants
-        if self.class_embedding is None:
-            if class_labels is not None:
-                raise ValueError("class_labels were given to a model without classes (num_class_embeds=None)")
-            return x
-        if class_labels is None or class_labels.shape != (len(x),):
-            got = "none" if class_labels is None else f"{tuple(class_labels.shape)}"
-            raise ValueError(
-                f"a model of {self.config.num_class_embeds} classes needs class_labels of shape ({len(x)},), got {got}"
-            )
-        planes = self.class_embedding(class_labels)[:, :, None, None]
-        return torch.cat([x, planes.expand(-1, -1, *x.shape[2:])], dim=1)
+    def _with_class_planes(self, x: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        # Only here does an image become one of half precision: the likelihood wants the values that it has.
+        return with_class_planes(x.to(self.dtype), class_labels, self.class_embedding)
 
     def _check_images(self, x: torch.Tensor) -> None:
-        C, size = self.config.in_channels, self.config.sample_size
-        if x.ndim != 4 or x.shape[1] != C:
-            raise ValueError(f"images must be (B, {C}, H, W), got {tuple(x.shape)}")
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        if self.config.flat_latent and tuple(x.shape[2:]) != sides:
-            raise ValueError(f"a flat latent is of images of the size {sides}, got {tuple(x.shape[2:])}")
-        feature_size(tuple(x.shape[2:]), self.config.block_out_channels)  # raises
+        config = self.config
+        check_images(x, config.in_channels, config.sample_size, config.block_out_channels, config.flat_latent)
 
 
 def blended_tiles(
