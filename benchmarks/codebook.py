@@ -10,7 +10,7 @@ the latents of the untrained encoder. Of each network, on all test images:
     PSNR          of an image and its reconstruction, 10 log10(4 / mean squared error), averaged over images, in dB
     bits/dim      -log2 p(x | codes) / 3072, and with log2 K bits for each code a bound of -log2 p(x) / 3072
 
-A run that is there already is not trained again; one that was stopped goes on.
+A run that is there already is not trained again, but must be of as many steps; one that was stopped goes on.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
         folder = options.runs / name.replace(",", "").replace(" ", "-")
         if not (folder / "run.json").is_file():
             train([*arguments(options, folder), *VARIANTS[name]])
-        rows[name] = result(folder)
+        rows[name] = result(folder, options.steps)
     write(rows, options)
 
 
@@ -67,11 +67,13 @@ def arguments(options: argparse.Namespace, folder: Path) -> list[str]:
     ]
 
 
-def result(folder: Path) -> dict[str, float | str]:
-    """The last validation of a run, and what it was trained on."""
+def result(folder: Path, steps: int) -> dict[str, float | str]:
+    """The last validation of a run of so many steps, and what it was trained on."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (last,) = [entry for entry in entries if "validation/psnr" in entry][-1:]
     record = json.loads((folder / "run.json").read_text())
+    if record["step"] != steps:
+        raise ValueError(f"the run in {folder} is of {record['step']} steps and not of {steps}: choose another folder")
     values = {name.removeprefix("validation/"): value for name, value in last.items()}
     about = {"seconds": record["seconds"], "hardware": record["hardware"], "command": record["command"]}
     return values | about | {"samples": str(folder / "samples.png")}

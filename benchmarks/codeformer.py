@@ -25,6 +25,7 @@ PSNR rewards blur, the Fréchet distance punishes it: fidelity and quality. The 
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from annealers import CodeFormerModel, CodeFormerPipeline
 from annealers.data import DataConfig, ImageRows, load_data, to_model_space
 from annealers.figures import enlarge, image_grid, to_pil
 from annealers.image_degradations import DegradationParameters, DegradationRanges, degrade
-from annealers.metrics import frechet_distance, mean_and_standard_error
+from annealers.metrics import frechet_distance, mean_and_standard_error, psnr
 
 SEVERITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -55,9 +56,11 @@ def main() -> None:
     network = CodeFormerPipeline.from_pretrained(options.run / "pipeline").code_former
     record = json.loads((options.run / "run.json").read_text())
     trained = record["config"]
-    data = load_data(DataConfig(dataset=trained["dataset"], resolution=network.image_size[0]))
-    if data.id2label is None:
-        raise ValueError(f"restored images are read by their labels, and {data.name} has none")
+    options_of_data = {field.name: trained[field.name] for field in fields(DataConfig)} | {"streaming": False}
+    data = load_data(DataConfig(**options_of_data))  # so that the same images are held out
+    if data.id2label is None or data.validation is None:
+        raise ValueError(f"need held-out images with labels, by which restored ones are read; {data.name} has none")
+    options.out.mkdir(parents=True, exist_ok=True)
     good, labels = some_images(data.validation, options.images)
     examples, classes = some_images(data.train, TRAINING_IMAGES)
     reader = SVC().fit(examples.flatten(1).numpy(), classes.numpy())
@@ -141,10 +144,9 @@ def scores(
 ) -> dict[str, Any]:
     """What the docstring of this module explains; (mean, standard error over images) where there is one."""
     images = images.clamp(-1, 1)
-    error = (images - good).square().flatten(1).mean(dim=1)
     read = torch.from_numpy(reader.predict(images.flatten(1).numpy())) == labels
     result = {
-        "psnr": mean_and_standard_error(10 * torch.log10(4 / error)),
+        "psnr": mean_and_standard_error(psnr(images, good)),
         "frechet": frechet_distance(images.flatten(1), good.flatten(1)),
         "read": mean_and_standard_error(read.double()),
     }

@@ -1,89 +1,140 @@
-"""Runs Diffusers' own tests of models and autoencoders on the models of annealers.
+"""Runs Diffusers' own tests of models on the autoencoders and the autoregressive models of annealers.
 
     git clone --depth 1 https://github.com/huggingface/diffusers DIFFUSERS
     python benchmarks/diffusers_model_tests.py DIFFUSERS
 
 The tests are mixins in the repository of Diffusers, which its package does not contain; options after the folder go
-to pytest. Tests that need an accelerator or the Hub are skipped by Diffusers itself where there is none.
+to pytest, `-k TestVAE` for one model, say. What needs an accelerator, several of them or the Hub, Diffusers skips
+where there is none. What is left out here has its reason beside it.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from annealers import AutoencoderModel, HierarchicalVAEModel, VAEModel, VQVAEModel
+from annealers import (
+    AutoencoderModel,
+    CodeFormerModel,
+    CodeTransformerModel,
+    HierarchicalVAEModel,
+    PixelCNNModel,
+    VAEModel,
+    VQVAEModel,
+)
 
 if __name__ != "__main__":
     from tests.models.autoencoders.testing_utils import AutoencoderTesterMixin
     from tests.models.testing_utils import (
         BaseModelTesterConfig,
+        GroupOffloadTesterMixin,
         LayerwiseCastingTesterMixin,
         ModelTesterMixin,
         TrainingTesterMixin,
     )
+    from tests.testing_utils import torch_device
 
-    NETWORK = {"in_channels": 3, "sample_size": 32, "block_out_channels": (16, 32), "norm_num_groups": 8}
+    # Those of offloading fail where there is nothing to offload from. CPU offload is of `_no_split_modules`: of none.
+    OFFLOADING = () if torch_device == "cpu" else (GroupOffloadTesterMixin,)
+
+    class AnyModel(ModelTesterMixin, TrainingTesterMixin, LayerwiseCastingTesterMixin, *OFFLOADING):
+        """What holds of each model."""
+
+        checkpointed: set[str] = set()  # classes of modules that forget what they can compute again
+
+        def test_gradient_checkpointing_is_applied(self):
+            super().test_gradient_checkpointing_is_applied(self.checkpointed)
 
     class OnImages(BaseModelTesterConfig):
-        """Four images of 32 x 32 pixels."""
+        """Models of images, of which a batch has four of 32 x 32 pixels."""
 
         main_input_name = "sample"
         output_shape = (3, 32, 32)
+        options: dict[str, Any]
 
         def get_init_dict(self):
-            return {**NETWORK, **self.options}
+            network = {"in_channels": 3, "sample_size": 32, "block_out_channels": (16, 32), "norm_num_groups": 8}
+            return network | self.options
 
         def get_dummy_inputs(self):
             sample = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-            return {"sample": sample, **self.more_inputs()}
+            return {"sample": sample.to(torch_device), **self.more_inputs()}
 
         def more_inputs(self):
             return {}
 
     class FromNoise(OnImages):
-        """Models that draw their latents."""
+        """Models that draw their latents, given the class."""
 
         def more_inputs(self):
-            return {"generator": torch.Generator().manual_seed(0)}
+            labels = torch.arange(4, device=torch_device)
+            return {"class_labels": labels, "generator": torch.Generator().manual_seed(0)}
 
-    class Autoencoder(OnImages):
+        @pytest.mark.skip("Among the outputs are distributions, and it compares tensors alone.")
+        def test_outputs_equivalence(self):
+            pass
+
+    class OnCodes(BaseModelTesterConfig):
+        """Models of codes, of which a batch has four pictures of 8 x 8 with 16 values, given the class."""
+
+        main_input_name = "sample"
+        output_shape = (16, 1, 8, 8)  # logits
+        options: dict[str, Any]
+
+        def get_init_dict(self):
+            return {"num_embeddings": 16, "in_channels": 1, "sample_size": 8, "num_class_embeds": 4} | self.options
+
+        def get_dummy_inputs(self):
+            sample = torch.randint(16, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+            return {"sample": sample.to(torch_device), "class_labels": torch.arange(4, device=torch_device)}
+
+    class TestAutoencoder(OnImages, AnyModel, AutoencoderTesterMixin):
         model_class = AutoencoderModel
         options = {"out_channels": 3, "latent_channels": 4}
+        checkpointed = {"Encoder", "Decoder", "UNetMidBlock2D"}
 
-    class VAE(FromNoise):
+    class TestVAE(FromNoise, AnyModel, AutoencoderTesterMixin):
         model_class = VAEModel
-        options = {"latent_channels": 4, "likelihood": "gaussian", "learn_sigma": True}
+        options = {"latent_channels": 4, "likelihood": "gaussian", "learn_sigma": True, "num_class_embeds": 4}
+        checkpointed = {"Encoder", "Decoder", "UNetMidBlock2D"}
 
-    class HierarchicalVAE(FromNoise):
+    class TestHierarchicalVAE(FromNoise, AnyModel, AutoencoderTesterMixin):
         model_class = HierarchicalVAEModel
-        options = {"likelihood": "gaussian"}
+        options = {"latent_channels": (8, 4), "latent_levels": (1, 0), "likelihood": "gaussian", "num_class_embeds": 4}
+        checkpointed = {"HierarchicalVAEModel", "Encoder", "Decoder", "UNetMidBlock2D"}
 
-    class VQVAE(OnImages):
+    class TestVQVAE(OnImages, AnyModel, AutoencoderTesterMixin):
         model_class = VQVAEModel
         options = {"latent_channels": 4, "num_vq_embeddings": 16}
+        checkpointed = {"Encoder", "Decoder", "UNetMidBlock2D"}
 
-    # pyright: reportGeneralTypeIssues=false
-    class TestAutoencoder(Autoencoder, ModelTesterMixin, TrainingTesterMixin, AutoencoderTesterMixin):
-        pass
+    class TestCodeFormer(OnImages, AnyModel):
+        model_class = CodeFormerModel
+        options: dict[str, Any] = {}
 
-    class TestVAE(
-        VAE, ModelTesterMixin, TrainingTesterMixin, LayerwiseCastingTesterMixin, AutoencoderTesterMixin
-    ):
-        pass
+        def get_init_dict(self):
+            vqvae = {"latent_channels": 4, "num_vq_embeddings": 16} | super().get_init_dict()
+            return {"vqvae_config": vqvae, "hidden_size": 32, "num_layers": 2}
 
-    class TestHierarchicalVAE(HierarchicalVAE, ModelTesterMixin, TrainingTesterMixin):
-        pass
+    class TestPixelCNN(OnCodes, AnyModel):
+        model_class = PixelCNNModel
+        options = {"channels": 8, "num_layers": 2}
+        checkpointed = {"GatedTrunk"}
 
-    class TestVQVAE(VQVAE, ModelTesterMixin, TrainingTesterMixin, AutoencoderTesterMixin):
-        pass
+    class TestCodeTransformer(OnCodes, AnyModel):
+        model_class = CodeTransformerModel
+        options = {"hidden_size": 32, "num_layers": 2}
+        checkpointed = {"CodeTransformerModel"}
 
 
 def main() -> None:
-    checkout, *options = sys.argv[1:]
+    checkout, *options = sys.argv[1:] or [""]
     if not (Path(checkout) / "tests" / "models" / "testing_utils").is_dir():
-        raise SystemExit(f"{checkout} is not a clone of the repository of diffusers: it has no tests/models/testing_utils")
+        raise SystemExit(
+            f"{checkout!r} is not a clone of the repository of diffusers: it has no tests/models/testing_utils"
+        )
     sys.path.insert(0, str(Path(checkout).resolve()))
     here = Path(__file__).resolve()
     arguments = ["-c", "/dev/null", "--rootdir", str(here.parent), "--import-mode=importlib", "-q", "-rs", *options]

@@ -16,32 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from image_likelihood import dequantised, images_of
 from tqdm.auto import tqdm
 
 from annealers import AnnealersPipeline, VAEPipeline
 from annealers.collapse import LatentUse, mutual_information
-from annealers.data import DataConfig, binarized_batch, load_data, validation_batches
+from annealers.data import DataConfig, load_data, validation_batches
 from annealers.randomness import PositionalRandomness
 
 INFORMATION_IMAGES = 2000  # that I(x; z_1) is taken over, at most
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipelines", nargs="+", type=named_folder, metavar="NAME=FOLDER")
     parser.add_argument("--dataset", required=True, help="folder or Hub id of the images")
     parser.add_argument("--binarize", choices=["none", "static", "dynamic"], default="none", help="see annealers.data")
-    parser.add_argument("--images", type=int, default=2000, help="held-out images, a fixed choice")
+    parser.add_argument("--images", type=int, default=2000, help="held-out images, at most; a fixed choice")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the binarisation and the latents")
     parser.add_argument("--name", required=True, help="of the results: NAME_latents.json and NAME_latents.md")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     record = {
         "dataset": Path(options.dataset).name,
         "binarization": options.binarize,
-        "images": options.images,
         "versions": {name: version(name) for name in ("annealers", "torch", "diffusers")},
         "models": {name: measured(name, folder, options) for name, folder in options.pipelines},
     }
@@ -64,21 +64,26 @@ def measured(name: str, folder: str, options: argparse.Namespace) -> dict[str, A
     if not isinstance(pipeline, VAEPipeline):
         raise SystemExit(f"{folder!r} is a {type(pipeline).__name__}, and only a VAEPipeline has such latents")
     model, randomness = pipeline.vae.eval(), PositionalRandomness(options.seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     data, use, top = load_data(DataConfig(dataset=options.dataset)), LatentUse(), []
     batches = validation_batches(data, options.batch_size, max_samples=options.images)
-    for batch in tqdm(batches, total=-(-options.images // options.batch_size), desc=name, leave=False):
+    for batch in tqdm(batches, desc=name, leave=False):
+        images = images_of(batch, model.likelihood.num_levels, options)
+        images, _ = dequantised(images, model.likelihood, batch["rows"].tolist(), randomness)
+        noise = randomness.normal("latents", batch["first_position"], len(images), model.noise_shape)
         output = model(
-            binarized_batch(batch, options.binarize, randomness, "validation"),
-            class_labels=None if model.config.num_class_embeds is None else batch["labels"],
-            noise=randomness.normal("latents", batch["first_position"], len(batch["images"]), model.noise_shape),
+            images.to(model.device),
+            class_labels=None if model.config.num_class_embeds is None else batch["labels"].to(model.device),
+            noise=noise.to(model.device),
         )
         use.update(output.latent_dist, getattr(output, "prior_dist", None))
         posteriors, latents = output.latent_dist, output.latents
         first, z = (posteriors[0], latents[0]) if isinstance(posteriors, tuple) else (posteriors, latents)
-        top.append((first.mean, first.logvar, z))
+        top.append((first.mean.cpu(), first.logvar.cpu(), z.cpu()))
     mean, logvar, z = (torch.cat(parts)[:INFORMATION_IMAGES] for parts in zip(*top, strict=True))
     layers = use.layers()
     return {
+        "images": use.images,
         "kl_per_layer": [layer.kl for layer in layers],
         "active_units": [layer.active_units for layer in layers],
         "units": [layer.units for layer in layers],
@@ -90,21 +95,21 @@ def measured(name: str, folder: str, options: argparse.Namespace) -> dict[str, A
 def page(record: dict[str, Any]) -> str:
     binarized = "" if record["binarization"] == "none" else f", {record['binarization']} binarisation"
     lines = [
-        f"# Latents on {record['dataset']}, {record['images']:,} held-out images{binarized}",
+        f"# Latents on {record['dataset']}{binarized}",
         "",
-        "Layers from the top down.",
+        "Of held-out images. Layers from the top down.",
         "",
-        "| model | KL, nats | active units | I(x; z of the top), nats |",
-        "| --- | --- | --- | --- |",
+        "| model | images | KL, nats | active units | I(x; z of the top), nats |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, use in record["models"].items():
         divergences = " + ".join(f"{kl:.2f}" for kl in use["kl_per_layer"])
         if len(use["kl_per_layer"]) > 1:
             divergences += f" = {sum(use['kl_per_layer']):.2f}"
         active = ", ".join(f"{a} of {n}" for a, n in zip(use["active_units"], use["units"], strict=True))
-        images = use["images_of_mutual_information"]
-        shared = f"{use['mutual_information_of_the_top']:.2f}, at most log {images:,} = {math.log(images):.2f}"
-        lines.append(f"| {name} | {divergences} | {active} | {shared} |")
+        count = use["images_of_mutual_information"]
+        shared = f"{use['mutual_information_of_the_top']:.2f}, at most log {count:,} = {math.log(count):.2f}"
+        lines.append(f"| {name} | {use['images']:,} | {divergences} | {active} | {shared} |")
     return "\n".join(lines) + "\n"
 
 

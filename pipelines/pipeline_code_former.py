@@ -11,10 +11,6 @@ Source: Zhou, Chan, Li, Loy 2022, "Towards Robust Blind Face Restoration with Co
 arXiv:2206.11253; the formulas are in `annealers.models.code_former`.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -22,11 +18,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch.nn.functional import interpolate
 
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
-
-Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | torch.Tensor
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_CHANNELS = (1, 3)
+from annealers.pipelines.image_inputs import Images, check_output_type, image_tensors
 
 
 class CodeFormerPipeline(AnnealersPipeline):
@@ -53,10 +45,7 @@ class CodeFormerPipeline(AnnealersPipeline):
     def __init__(self, code_former: ModelMixin) -> None:
         super().__init__()
         self.register_modules(code_former=code_former)
-        channels = code_former.in_channels
-        self.image_processor = VaeImageProcessor(
-            do_resize=False, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
-        )
+        self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
     def __call__(
@@ -81,37 +70,18 @@ class CodeFormerPipeline(AnnealersPipeline):
                 images, values outside of their range, w is outside [0, 1], or the output type does not exist for this
                 number of channels.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         channels = self.code_former.in_channels
-        if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f"a PIL image has 1 or 3 channels, this model's has {channels}: use output_type='pt'")
-        sample = self._prepared(image).to(self._execution_device, self.code_former.dtype)
+        check_output_type(output_type, channels)
+        sample = torch.cat([self._fitted(images) for images in image_tensors(image, channels)])  # of any sizes
+        sample = sample.to(self._execution_device, self.code_former.dtype)
         restored = self.code_former(sample, fidelity_weight=fidelity_weight).sample
         images = self.image_processor.postprocess(restored, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _prepared(self, image: Images) -> torch.Tensor:
-        """The images as (B, C, H, W) in [-1, 1] of the model's size."""
-        if isinstance(image, torch.Tensor):
-            return self._fitted(image)
-        if isinstance(image, np.ndarray):
-            if image.ndim != 4 or not (image.min() >= 0 and image.max() <= 1):
-                raise ValueError(f"an array must be (B, H, W, C) with values in [0, 1], got shape {image.shape}")
-            return self._fitted(torch.from_numpy(image).movedim(-1, 1).float() * 2 - 1)
-        images = [image] if isinstance(image, PIL.Image.Image) else list(image)
-        if len(images) == 0:
-            raise ValueError("need at least one image, got none")
-        return torch.cat([self._fitted(self.image_processor.preprocess(one)) for one in images])  # of any sizes
-
     def _fitted(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1] resized to the model's size, by a cubic filter."""
-        channels, size = self.code_former.in_channels, self.code_former.image_size
-        if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
-            raise ValueError(f"images must be (B, {channels}, H, W) with B >= 1, got {tuple(images.shape)}")
-        if not images.abs().max() <= 1:  # NaN too
-            raise ValueError(f"images must lie in [-1, 1], got {images.min():.4g} .. {images.max():.4g}")
+        size = self.code_former.image_size
         (height, width), (H, W) = images.shape[2:], size
         if height * W != width * H:
             raise ValueError(

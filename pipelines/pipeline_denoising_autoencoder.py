@@ -19,10 +19,7 @@ arXiv:1211.4246, Thm. 1; the walk, its attractors and their rates are in `anneal
 """
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -31,15 +28,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from annealers.attractors import iterative_denoising
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
 from annealers.pipelines.class_labels import common_batch_size
-from annealers.pipelines.pipeline_guided_diffusion import (
-    OUTPUT_TYPES,
-    PIL_CHANNELS,
-    Generators,
-    GuidedDiffusionPipelineOutput,
-    Trajectory,
-)
-
-Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | torch.Tensor
+from annealers.pipelines.image_inputs import Images, check_output_type, image_tensor
+from annealers.pipelines.pipeline_guided_diffusion import Generators, GuidedDiffusionPipelineOutput, Trajectory
 
 
 class DenoisingAutoencoderPipeline(AnnealersPipeline):
@@ -77,9 +67,7 @@ class DenoisingAutoencoderPipeline(AnnealersPipeline):
                 f"a walk needs an autoencoder that returns what it takes, got channels {taken} and {returned}"
             )
         self.register_modules(autoencoder=autoencoder)
-        self.image_processor = VaeImageProcessor(
-            do_resize=False, do_convert_rgb=taken == 3, do_convert_grayscale=taken == 1
-        )
+        self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
     def __call__(
@@ -117,11 +105,7 @@ class DenoisingAutoencoderPipeline(AnnealersPipeline):
             ValueError: If the arguments disagree on B, a number is out of range, images are of another shape than the
                 autoencoder takes, or the output type does not exist for this number of channels.
         """
-        channels = self.autoencoder.config.in_channels
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f"a PIL image has 1 or 3 channels, the autoencoder {channels}: use output_type='pt'")
+        check_output_type(output_type, self.autoencoder.config.in_channels, whose="autoencoder")
         if noise_level is None:
             noise_level = 1.0 if image is None else 0.0
         if not 0 <= noise_level < math.inf:
@@ -174,12 +158,9 @@ class DenoisingAutoencoderPipeline(AnnealersPipeline):
         """Where the walk begins, (B, C, H, W), in at least float32: the images or zero, and noise."""
         autoencoder, device = self.autoencoder, self._execution_device
         dtype = torch.promote_types(autoencoder.dtype, torch.float32)
-        if isinstance(image, torch.Tensor):
-            sample = image.to(device, dtype)
-        elif image is not None:
-            sample = self.image_processor.preprocess(image).to(device, dtype)
-        else:
-            sample = None
+        sample = None
+        if image is not None:
+            sample = image_tensor(image, autoencoder.config.in_channels, bounded=False).to(device, dtype)
         batch_size = common_batch_size(
             batch_size=batch_size,
             image=None if sample is None else len(sample),

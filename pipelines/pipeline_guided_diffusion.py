@@ -50,10 +50,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
 from annealers.pipelines.class_labels import ClassLabels, common_batch_size, label_ids, with_integer_ids
 from annealers.pipelines.classifier_guidance import classifier_guidance
+from annealers.pipelines.image_inputs import check_output_type
 from annealers.pipelines.latent_space import images_of_latents, latent_channels
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_CHANNELS = (1, 3)
 LEARNED_VARIANCES = ("learned", "learned_range", "posterior")
 CLASS_COUNTS = {
     "network": "unet.config.num_class_embeds",
@@ -290,13 +289,10 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         return self.unet.config.get("num_class_embeds") is not None
 
     def _check_output_type(self, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         channels, whose = self.unet.config.in_channels, "network"
         if self.vae is not None:
             channels, whose = self.vae.config.in_channels, "vae"
-        if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f"a PIL image has 1 or 3 channels, this {whose} has {channels}: use output_type='pt'")
+        check_output_type(output_type, channels, whose)
 
     def _initial_sample(
         self, batch_size: int, generator: Generators | None, latents: torch.Tensor | None

@@ -9,8 +9,6 @@ before them: what is drawn is the model's law of the rest if what is given comes
 Source: van den Oord, Kalchbrenner & Kavukcuoglu 2016, "Pixel Recurrent Neural Networks", arXiv:1601.06759, Fig. 1.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import PIL.Image
 import torch
@@ -21,11 +19,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from annealers.models.pixel_likelihood import levels_to_values, values_to_levels
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
 from annealers.pipelines.class_labels import ClassLabels, common_batch_size, integer_names, label_tensor
-
-Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | torch.Tensor
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_CHANNELS = (1, 3)
+from annealers.pipelines.image_inputs import Images, check_output_type, image_tensor
 
 
 class PixelCNNPipeline(AnnealersPipeline):
@@ -61,10 +55,7 @@ class PixelCNNPipeline(AnnealersPipeline):
         self.register_modules(pixel_cnn=pixel_cnn)
         self.id2label = integer_names(id2label, pixel_cnn.config.num_class_embeds)
         self.register_to_config(id2label=self.id2label)
-        channels = pixel_cnn.config.in_channels
-        self.image_processor = VaeImageProcessor(
-            do_resize=False, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
-        )
+        self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
     def __call__(
@@ -72,7 +63,7 @@ class PixelCNNPipeline(AnnealersPipeline):
         batch_size: int | None = None,
         class_labels: ClassLabels | None = None,
         image: Images | None = None,
-        known: torch.Tensor | np.ndarray | None = None,
+        known: torch.Tensor | np.ndarray | PIL.Image.Image | None = None,
         condition: torch.Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -89,7 +80,8 @@ class PixelCNNPipeline(AnnealersPipeline):
                 model that has classes.
             image: What to complete, one for all or B: PIL images, an array (B, H, W, C) in [0, 1], or a tensor
                 (B, C, H, W) in [-1, 1], of the size of the model's images. Each value counts as the nearest of the K.
-            known: Which pixels of it are given, True there, (H, W) or (B, 1, H, W).
+            known: Which pixels of it are given, True there, (H, W) or (B, 1, H, W), or
+                a PIL image of mode "1", white there.
             condition: (B, Y, H, W), for a model with `condition_channels`.
             temperature: T > 0; below 1 likelier values.
             top_k: Draw among the k likeliest values only; None among all. Of a categorical model.
@@ -103,9 +95,12 @@ class PixelCNNPipeline(AnnealersPipeline):
                 `known` without the other, one of them does not fit the model, or the output type does not exist for
                 this number of channels.
         """
-        self._check_output_type(output_type)
-        prompt = None if image is None else self._values(image)  # (B or 1, C, H, W)
-        known = None if known is None else torch.as_tensor(known)
+        channels, size = self.pixel_cnn.config.in_channels, self.pixel_cnn.config.sample_size
+        check_output_type(output_type, channels)
+        height, width = (size, size) if isinstance(size, int) else size
+        prompt = None if image is None else image_tensor(image, channels, (height, width))  # (B or 1, C, H, W)
+        if known is not None and not isinstance(known, torch.Tensor):
+            known = torch.from_numpy(np.array(known))
         batch_size = common_batch_size(
             class_labels,
             batch_size=batch_size,
@@ -132,32 +127,6 @@ class PixelCNNPipeline(AnnealersPipeline):
         images = self.image_processor.postprocess(levels_to_values(codes, K), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _check_output_type(self, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        channels = self.pixel_cnn.config.in_channels
-        if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f"a PIL image has 1 or 3 channels, this model's has {channels}: use output_type='pt'")
-
-    def _values(self, image: Images) -> torch.Tensor:
-        """Images as (B, C, H, W) in [-1, 1], of the size of the model's."""
-        channels, size = self.pixel_cnn.config.in_channels, self.pixel_cnn.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        if isinstance(image, np.ndarray):
-            if image.ndim != 4:
-                raise ValueError(f"an array must be (B, H, W, C), got shape {image.shape}")
-            image = 2 * torch.from_numpy(image).movedim(-1, 1) - 1
-        if not isinstance(image, torch.Tensor):
-            image = self.image_processor.preprocess(image)
-        if image.ndim != 4 or image.shape[1:] != (channels, height, width) or len(image) == 0:
-            raise ValueError(f"the model's images are (B, {channels}, {height}, {width}), got {tuple(image.shape)}")
-        if not image.abs().max() <= 1:  # NaN too
-            raise ValueError(
-                "image must lie in [-1, 1] as a tensor and in [0, 1] as an array, which as a tensor is "
-                f"{image.min():.4g} .. {image.max():.4g}"
-            )
-        return image
 
 
 def _length(values: torch.Tensor | None) -> int | None:

@@ -40,15 +40,13 @@ from annealers.pipelines.class_labels import (
     is_single,
     label_tensor,
 )
+from annealers.pipelines.image_inputs import Images, check_output_type, image_tensor
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_CHANNELS = (1, 3)
 INTERPOLATIONS = ("linear", "spherical")
 DECODED_AT_ONCE = 64  # images of a walk, which may be hundreds
 NO_ARC = 1e-3  # radians, from parallel or from opposite
 
 Generators = torch.Generator | list[torch.Generator]
-Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
 @dataclass
@@ -132,10 +130,7 @@ class VAEPipeline(AnnealersPipeline):
         self.register_modules(vae=vae)
         self.id2label = integer_names(id2label, vae.config.num_class_embeds)
         self.register_to_config(id2label=self.id2label)
-        channels = vae.config.in_channels
-        self.image_processor = VaeImageProcessor(
-            do_resize=False, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
-        )
+        self.image_processor = VaeImageProcessor()
 
     # ---- images of the prior ----------------------------------------------------------------------------------------
 
@@ -170,7 +165,7 @@ class VAEPipeline(AnnealersPipeline):
             ValueError: If the arguments disagree on B, a label is missing or unknown, the temperature is negative, or
                 the output type does not exist for this number of channels.
         """
-        self._check_output_type(output_type)
+        check_output_type(output_type, self.vae.config.in_channels)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {temperature}")
         lengths = {"batch_size": batch_size, "generator": len(generator) if isinstance(generator, list) else None}
@@ -211,7 +206,7 @@ class VAEPipeline(AnnealersPipeline):
         Raises:
             ValueError: If the images are not those of the model, or a label is missing or unknown.
         """
-        self._check_output_type(output_type)
+        check_output_type(output_type, self.vae.config.in_channels)
         x = self._image_tensor(images)
         labels = self._label_tensor(class_labels, common_batch_size(class_labels, images=len(x)))
         if self._has_one_latent:
@@ -252,7 +247,7 @@ class VAEPipeline(AnnealersPipeline):
                 method is unknown, or latents are opposite, so that no arc is the shortest; or see `reconstruct`.
         """
         self._check_one_latent("interpolate")
-        self._check_output_type(output_type)
+        check_output_type(output_type, self.vae.config.in_channels)
         if steps < 2:
             raise ValueError(f"need steps >= 2, the two ends, got {steps}")
         if method not in INTERPOLATIONS:
@@ -295,7 +290,7 @@ class VAEPipeline(AnnealersPipeline):
                 one.
         """
         self._check_one_latent("manifold")
-        self._check_output_type(output_type)
+        check_output_type(output_type, self.vae.config.in_channels)
         shape = self.vae.latent_shape
         if math.prod(shape) != 2:
             raise ValueError(
@@ -349,7 +344,7 @@ class VAEPipeline(AnnealersPipeline):
                 are several, span or steps are not positive, or a label is missing, unknown or not one.
         """
         self._check_one_latent("traverse")
-        self._check_output_type(output_type)
+        check_output_type(output_type, self.vae.config.in_channels)
         dims, size = list(dim) if isinstance(dim, Sequence) else [dim], math.prod(self.vae.latent_shape)
         if not dims or not all(0 <= d < size for d in dims):
             raise ValueError(f"dim must be among 0 .. {size - 1}, the numbers of the latent, got {dim}")
@@ -404,13 +399,6 @@ class VAEPipeline(AnnealersPipeline):
                 "in each of its layers"
             )
 
-    def _check_output_type(self, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        channels = self.vae.config.in_channels
-        if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f"a PIL image has 1 or 3 channels, this model has {channels}: use output_type='pt'")
-
     def _label_tensor(self, class_labels: ClassLabels | None, batch_size: int) -> torch.Tensor | None:
         num_classes = self.vae.config.num_class_embeds
         return label_tensor(class_labels, self.id2label, num_classes, batch_size, self._execution_device)
@@ -423,11 +411,8 @@ class VAEPipeline(AnnealersPipeline):
 
     def _image_tensor(self, images: Images) -> torch.Tensor:
         """Images as the encoder takes them, (B, C, H, W) in [-1, 1]."""
-        if not isinstance(images, torch.Tensor):
-            images = self.image_processor.preprocess(images)
-        if images.ndim == 3:
-            images = images[None]
-        return images.to(self._execution_device, self.vae.dtype)
+        x = image_tensor(images, self.vae.config.in_channels, bounded=False)
+        return x.to(self._execution_device, self.vae.dtype)
 
     def _encoded(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         return self.vae.encode(x, labels).latent_dist.mode()

@@ -18,10 +18,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
-from annealers.pipelines.class_labels import ClassLabels, common_batch_size, integer_names, label_tensor
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_CHANNELS = (1, 3)
+from annealers.pipelines.class_labels import (
+    ClassLabels,
+    common_batch_size,
+    integer_names,
+    label_tensor,
+    with_integer_ids,
+)
+from annealers.pipelines.image_inputs import Images, check_output_type, image_tensor
 
 
 class VQVAEPriorPipeline(AnnealersPipeline):
@@ -63,6 +67,8 @@ class VQVAEPriorPipeline(AnnealersPipeline):
         self.register_modules(vqvae=vqvae, prior=prior)
         if prior is not None:
             id2label = integer_names(id2label, prior.config.num_class_embeds)
+        elif id2label is not None:
+            id2label = with_integer_ids(id2label)
         self.id2label = id2label
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor()
@@ -104,7 +110,7 @@ class VQVAEPriorPipeline(AnnealersPipeline):
             ValueError: If there is no prior, the arguments disagree on B, a label is missing or unknown, or the output
                 type does not exist for this number of channels.
         """
-        self._check_output_type(output_type)
+        check_output_type(output_type, self.vqvae.config.in_channels)
         prior = self._prior()
         lengths = {"batch_size": batch_size, "generator": len(generator) if isinstance(generator, list) else None}
         batch_size = common_batch_size(class_labels, **lengths)
@@ -122,16 +128,21 @@ class VQVAEPriorPipeline(AnnealersPipeline):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: torch.Tensor, output_type: str = "pil", return_dict: bool = True
+        self, images: Images, output_type: str = "pil", return_dict: bool = True
     ) -> ImagePipelineOutput | tuple:
         """What the decoder makes of the codes of images: the best that the prior's samples can look like.
 
         Args:
-            images: (B, C, H, W) in [-1, 1].
+            images: PIL images, an array (B, H, W, C) in [0, 1], or a tensor (B, C, H, W) in [-1, 1].
             output_type, return_dict: As of a call.
+
+        Raises:
+            ValueError: If the images are not those of the VQ-VAE.
         """
-        self._check_output_type(output_type)
-        codes = self.vqvae.encode(images.to(self._execution_device, self.vqvae.dtype)).indices  # (B, h, w)
+        channels = self.vqvae.config.in_channels
+        check_output_type(output_type, channels)
+        x = image_tensor(images, channels, bounded=False).to(self._execution_device, self.vqvae.dtype)
+        codes = self.vqvae.encode(x).indices  # (B, h, w)
         return self._output(self.vqvae.decode_indices(codes).sample, output_type, return_dict)
 
     def _prior(self) -> ModelMixin:
@@ -142,13 +153,6 @@ class VQVAEPriorPipeline(AnnealersPipeline):
                 f"one with `python training/train_prior.py --vqvae {name}`, or pass prior="
             )
         return self.prior
-
-    def _check_output_type(self, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        channels = self.vqvae.config.in_channels
-        if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f"a PIL image has 1 or 3 channels, this model's has {channels}: use output_type='pt'")
 
     def _output(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         images = self.image_processor.postprocess(sample, output_type=output_type)
@@ -168,6 +172,9 @@ def check_prior(vqvae: ModelMixin, prior: ModelMixin) -> None:
     for name, value in ours.items():
         if theirs[name] != value:
             raise ValueError(f"the codes of the VQ-VAE have {name} {value}, those of the prior {theirs[name]}")
+    features = prior.config.get("feature_channels", prior.config.get("condition_channels"))
+    if prior.config.get("causal", True) and features is not None:
+        raise ValueError(f"the prior is conditioned on {features} channels of features, of which a VQ-VAE makes none")
     if not prior.config.get("causal", True):
         raise ValueError("the prior is a bidirectional transformer (causal=False), which is no law to draw codes from")
     if prior.config.get("output", "categorical") != "categorical":

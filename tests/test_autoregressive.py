@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 
+from annealers import CodeTransformerModel, PixelCNNModel
 from annealers.models.autoregressive import (
     categorical_quantile,
     check_class_labels,
     check_codes,
+    check_network,
     check_sampling,
     given_pixels,
     image_uniforms,
@@ -51,6 +53,29 @@ def test_numbers_of_another_precision_than_the_logits_are_no_obstacle():
     logits = torch.zeros(3, 4, dtype=torch.float16)
     u = torch.tensor([0.1, 0.6, 0.99], dtype=torch.float64)
     assert categorical_quantile(sharpened(logits), u).tolist() == [0, 2, 3]
+
+
+def test_a_number_next_to_one_is_not_rounded_to_it_and_half_a_precision_of_many_values_is_enough():
+    almost = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert categorical_quantile(torch.zeros(1, 4), almost).item() == 3
+    u = torch.tensor([1e-6, 0.5, 0.9999])
+    assert categorical_quantile(torch.zeros(3, 300, dtype=torch.bfloat16), u).tolist() == [0, 150, 299]
+
+
+def test_sums_that_are_not_in_order_to_the_last_digit_draw_nothing_of_probability_zero(monkeypatch):
+    """As they may be where many are added in parallel: here the sums at values without a chance are too large."""
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(40, 5)
+    excess = torch.tensor([0.1, 0.0, 0.1, 0.0, 0.1])
+    cumsum = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda p, dim: cumsum(p, dim) + excess)
+    drawn = categorical_quantile(logits, (torch.arange(40) + 0.5) / 40)
+    assert drawn.tolist() == [1] * 20 + [3] * 20
+
+
+@pytest.mark.parametrize("row", [[0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]])
+def test_logits_without_probabilities_are_refused_and_not_drawn_from(row):
+    with pytest.raises(ValueError, match="no probabilities: its logits are NaN, inf, or all -inf"):
+        categorical_quantile(torch.tensor([[1.0, 2.0], row]), torch.tensor([0.5, 0.5]))
 
 
 def test_temperature_raises_probabilities_to_its_inverse():
@@ -173,6 +198,8 @@ def test_codes_at_both_ends_and_of_any_integer_type_are_taken():
         (torch.tensor([0, 1]), None, "the model has no classes (num_class_embeds=None)"),
         (None, 3, "the model has 3 classes and needs class_labels (2,), got None"),
         (torch.tensor([0]), 3, "class_labels must be (2,), got (1,)"),
+        ([0, 1], 3, "class_labels must be a tensor of integers (2,), got list"),
+        (torch.tensor([0.0, 1.0]), 3, "class_labels must be a tensor of integers (2,), got torch.float32"),
         (torch.tensor([0, 3]), 3, "class_labels must be 0 .. 2, got 0 .. 3"),
         (torch.tensor([-1, 0]), 3, "class_labels must be 0 .. 2, got -1 .. 0"),
     ],
@@ -185,6 +212,42 @@ def test_labels_that_do_not_fit_are_refused(labels, classes, message):
 def test_labels_that_fit_are_taken():
     check_class_labels(None, None, 2)
     check_class_labels(torch.tensor([0, 2]), 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_class_embeds": 0}, "num_class_embeds >= 1, or None for no classes, got 0"),
+        ({"sample_size": 0}, "sample_size must be a positive number or (height, width), got 0"),
+        ({"sample_size": (4, 0)}, "got (4, 0)"),
+        ({"sample_size": (1, 4, 4)}, "got (1, 4, 4)"),
+        ({"dropout": 1.0}, "dropout must lie in [0, 1), got 1.0"),
+        ({"dropout": -0.1}, "got -0.1"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(options, message):
+    check_network(1, [4, 1], 0.9)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_network(**{"num_class_embeds": None, "sample_size": 4, "dropout": 0.0, **options})
+
+
+@pytest.mark.parametrize("model", [PixelCNNModel, CodeTransformerModel])
+def test_models_check_their_options_and_take_labels_of_any_integer_type(model):
+    for name, value in {"num_class_embeds": 0, "sample_size": 0, "dropout": 1.0}.items():
+        with pytest.raises(ValueError, match=f"{name}.*{value}"):
+            model(**{"num_embeddings": 4, "sample_size": 2, name: value})
+    network = model(num_embeddings=4, sample_size=2, num_layers=2, num_class_embeds=3)
+    codes, labels = torch.zeros(2, 1, 2, 2, dtype=torch.long), torch.tensor([0, 2])
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(network(codes, labels.to(dtype)).nll, network(codes, labels).nll)
+    assert model(num_embeddings=4, sample_size=2, num_layers=2).double()(codes).nll.dtype == torch.float64
+
+
+def test_a_condition_has_channels():
+    with pytest.raises(ValueError, match="condition_channels >= 1, or None for no condition, got 0"):
+        PixelCNNModel(4, sample_size=2, condition_channels=0)
+    with pytest.raises(ValueError, match="feature_channels >= 1, or None for no features, got 0"):
+        CodeTransformerModel(4, sample_size=2, feature_channels=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])

@@ -370,6 +370,15 @@ def test_a_vqvae_of_another_config_is_refused():
         model_of().load_vqvae(vqvae_of(num_vq_embeddings=13))
 
 
+def test_weights_may_be_stored_in_eight_bits_but_for_the_codebook():
+    model, x = model_of(), images_of(2, 1, 8, 8)
+    codebook = model.vqvae.quantize.embedding.weight.clone()
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.encoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(model.vqvae.quantize.embedding.weight, codebook)
+    assert model(x).sample.isfinite().all()
+
+
 def test_a_saved_model_comes_back_whole_and_frozen(tmp_path):
     vqvae = vqvae_of()
     vqvae.save_pretrained(tmp_path / "vqvae")
@@ -447,6 +456,14 @@ def test_levels_that_are_none_are_refused(levels):
 def test_a_vqvae_of_other_blocks_is_refused(options):
     with pytest.raises(ValueError, match="between residual blocks alone: need a VQ-VAE with the default block types"):
         model_of(vqvae_of(**options))
+
+
+def test_a_vqvae_that_names_the_default_blocks_is_taken():
+    """As one with the weights of Diffusers' `VQModel` does."""
+    named = vqvae_of(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vqvae = VQVAEModel.from_vqmodel(named.to_vqmodel())
+    output = model_of(vqvae)(images_of(2, 1, 8, 8), fidelity_weight=0.0)
+    assert torch.equal(output.sample, vqvae.decode_indices(output.indices).sample)
 
 
 def test_the_example_in_the_docstring_runs():

@@ -69,7 +69,7 @@ def test_the_probabilities_of_all_images_sum_to_one(K, shape, options):
         None if channels is None else torch.randn(1, channels, *shape[1:]).double().expand(len(codes), -1, -1, -1)
     )
     nll = model(codes, labels, condition).nll
-    assert (-nll.double()).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert (-nll).exp().sum().item() == pytest.approx(1, abs=1e-12)
     assert nll.std() > 0.5  # and are not all the same
 
 
@@ -77,7 +77,7 @@ def test_nll_is_the_sum_of_the_logits_at_the_codes():
     model = model_of(in_channels=2)
     codes = codes_of(model)
     output = model(codes)
-    assert output.logits.shape == (4, 3, 2, 2, 3) and output.logits.dtype == output.nll.dtype == torch.float32
+    assert output.logits.shape == (4, 3, 2, 2, 3) and output.logits.dtype == output.nll.dtype == torch.float64
     law = torch.distributions.Categorical(logits=output.logits.movedim(1, -1))
     torch.testing.assert_close(-law.log_prob(codes).flatten(1).sum(1), output.nll)
     assert torch.equal(model(codes.to(torch.uint8)).nll, output.nll)
@@ -191,8 +191,8 @@ def test_the_blocks_are_those_of_gpt_2():
     rows = model.row_embedding.weight.repeat_interleave(3, dim=0)
     columns = model.column_embedding.weight.repeat(2, 1)
     hidden = gpt2(inputs_embeds=tokens + rows + columns).last_hidden_state
-    expected = (hidden @ model.head.weight.T).float()
-    torch.testing.assert_close(in_order(model(codes).logits, model), expected, rtol=1e-6, atol=1e-6)
+    expected = hidden @ model.head.weight.T
+    torch.testing.assert_close(in_order(model(codes).logits, model), expected, rtol=1e-12, atol=1e-12)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -271,6 +271,16 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert len(calls) == 2  # forward, and again for the gradient
     for p, before in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, before)
+
+
+def test_weights_may_be_stored_in_eight_bits():
+    """Those of the positions are read where they lie, and have to stay what they are."""
+    model = model_of(in_channels=3).float()
+    codes = codes_of(model)
+    expected = model(codes).nll
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.blocks[0].mlp_in.weight.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(model(codes).nll, expected, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -357,7 +367,7 @@ def test_the_logits_that_codes_are_drawn_from_are_those_of_the_likelihood(option
     monkeypatch.setattr(code_transformer, "categorical_quantile", watched)
     arguments = arguments_of(model, 5)
     codes = model.generate(5, generator=generators(5), **arguments)
-    torch.testing.assert_close(model(codes, **arguments).nll.double(), -log_prob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(codes, **arguments).nll, -log_prob, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 2), (1.0, 1)])
@@ -370,8 +380,8 @@ def test_a_code_is_drawn_with_its_probability_sharpened_and_cut(temperature, top
     p = model(torch.zeros(1, 1, 1, 1, dtype=torch.long)).logits.flatten().softmax(0) ** (1 / temperature)
     if top_k is not None:
         p[p.argsort()[: 4 - top_k]] = 0
-    counts = torch.bincount(drawn, minlength=4) / n
-    torch.testing.assert_close(counts, (p / p.sum()).float(), rtol=0, atol=1.1 / n)
+    counts = torch.bincount(drawn, minlength=4).double() / n
+    torch.testing.assert_close(counts, p / p.sum(), rtol=0, atol=1.1 / n)
 
 
 def test_images_are_drawn_with_their_probabilities(monkeypatch):
@@ -381,7 +391,7 @@ def test_images_are_drawn_with_their_probabilities(monkeypatch):
     grid = torch.cartesian_prod(line, line).double().view(n * n, 1, 1, 2)
     monkeypatch.setattr(code_transformer, "image_uniforms", lambda *_: grid)
     drawn = model.generate(n * n)
-    counts = torch.bincount(3 * drawn[:, 0, 0, 0] + drawn[:, 0, 0, 1], minlength=9) / n**2
+    counts = torch.bincount(3 * drawn[:, 0, 0, 0] + drawn[:, 0, 0, 1], minlength=9).double() / n**2
     exact = (-model(all_codes(3, (1, 1, 2))).nll).exp()
     torch.testing.assert_close(counts, exact.detach(), rtol=0, atol=2 / n)
     assert (counts - exact).abs().sum() < 0.05
@@ -449,7 +459,7 @@ def test_a_reading_hears_every_place_from_every_place():
     model = reading_of()
     features = torch.randn(2, 5, 2, 3).double().requires_grad_()
     logits = model.forward_features(features)
-    assert logits.shape == (2, 3, 2, 3) and logits.dtype == torch.float32
+    assert logits.shape == (2, 3, 2, 3) and logits.dtype == torch.float64
     for row, column in itertools.product(range(2), range(3)):
         (gradient,) = torch.autograd.grad(logits[0, :, row, column].square().sum(), features, retain_graph=True)
         assert (gradient[0].abs().amax(dim=0) > 0).all() and (gradient[1] == 0).all()

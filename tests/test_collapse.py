@@ -104,6 +104,10 @@ def test_the_use_of_half_precision_posteriors_is_gathered_in_double_precision():
     (layer,) = use_of((DiagonalGaussianDistribution(q.parameters.bfloat16()),)).layers()
     assert layer.kl_per_unit.dtype == layer.variance_per_unit.dtype == torch.float64
     assert layer.kl == pytest.approx(q.kl().mean().item(), rel=0.02)
+    silent = DiagonalGaussianDistribution(torch.full((5, 2, 1, 1), -0.02).bfloat16())  # mean and log-variance
+    exact = kl_of_units(DiagonalGaussianDistribution(silent.parameters.double())).mean().item()
+    assert use_of((silent,)).layers()[0].kl == pytest.approx(exact, rel=1e-3)  # no difference of rounded numbers
+    assert use_of((silent, silent)).layers()[0].kl == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,15 @@ import PIL.Image
 import pytest
 import torch
 
-from annealers.figures import enlarge, image_grid, save_grid, save_trajectory_gif, to_pil, trajectory_strip
+from annealers.figures import (
+    enlarge,
+    image_grid,
+    sample_grid,
+    save_grid,
+    save_trajectory_gif,
+    to_pil,
+    trajectory_strip,
+)
 from annealers.pipelines import Trajectory
 
 H, W = 2, 3
@@ -50,6 +58,25 @@ def test_a_grid_is_filled_row_by_row_and_ends_in_white():
 
 def test_a_grid_is_no_wider_than_its_images():
     assert image_grid([flat(1), flat(2)], columns=8).size == (2 * W, H)
+
+
+def test_samples_are_shown_row_by_row_large_enough_to_be_seen_and_apart():
+    samples = torch.tensor([-1.0, 0.2, 7.0]).view(3, 1, 1, 1).expand(3, 1, 5, 7)
+    pixels = np.asarray(sample_grid(samples, columns=2))
+    height, width = 50, 70  # ten times as large, the least that makes 48 pixels
+    assert pixels.shape == (2 * height + 2, 2 * width + 2)
+    assert (pixels[:height, :width] == 0).all() and (pixels[height + 2 :, :width] == 255).all()
+    assert (pixels[:height, width + 2 :] == grey(0.2)).all()
+    assert (pixels[height : height + 2] == 255).all() and (pixels[:, width : width + 2] == 255).all()
+    assert sample_grid(torch.zeros(1, 3, 49, 60), columns=2).size == (60, 49)
+
+
+def test_channels_that_are_no_colours_stand_beside_each_other():
+    samples = torch.tensor([[-1.0, 0.0], [0.5, 1.0]]).view(2, 2, 1, 1).expand(2, 2, 48, 50)
+    pixels = np.asarray(sample_grid(samples, columns=1))
+    assert pixels.shape == (98, 100)
+    corners = [[pixels[0, 0], pixels[0, 99]], [pixels[97, 0], pixels[97, 99]]]
+    assert corners == [[0, grey(0.0)], [grey(0.5), 255]]
 
 
 def test_padding_lies_between_images_and_not_around_them():

@@ -497,6 +497,17 @@ def test_it_compiles_as_one_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_keep_the_precision_that_their_law_wants_whatever_that_of_the_weights(dtype):
+    """Those of 256 values are no longer on the grid in half precision."""
+    model = livened(model_of(likelihood="discretized_logistic"), scale=0.05).to(dtype)
+    x = 2 * torch.randint(256, (3, 1, 8, 8), generator=generator_of(0)).float() / 255 - 1
+    output = model(x, noise=noise_for(model))
+    parameters, _ = model.go_down(noise_for(model), *model.go_up(x))
+    torch.testing.assert_close(output.nll, -model.likelihood.log_prob(parameters, x))
+    assert model.log_prob(x, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_terms_and_laws_in_single_precision(dtype):
     model = livened(model_of(likelihood="gaussian", learn_sigma=True), scale=0.05)
     x, noise = images(), noise_for(model)
@@ -565,12 +576,15 @@ def test_an_architecture_that_does_not_fit_itself_is_refused(options, message):
         (lambda m: m(images(), noise=torch.zeros(2, 181)), "each of 3 images, got 2"),
         (lambda m: m.go_down(noise_for(m), m.go_up(images())[0]), "both the posterior and the features"),
         (lambda m: m(0.5 * images()), "binarise"),
-        (lambda m: m(images(), torch.tensor([0, 1, 2])), "model without classes"),
+        (lambda m: m(images(), torch.tensor([0, 1, 2])), "the model has no classes"),
         (lambda m: m.log_prob(images(), 0), "num_samples and chunk_size >= 1, got 0 and 10"),
         (lambda m: m.log_prob(images(), 1, 0), "got 1 and 0"),
         (lambda m: m.generate(2, temperature=-1.0), "temperature >= 0, got -1.0"),
         (lambda m: free_bits(torch.zeros(2, 2), -0.1), "got -0.1"),
-        (lambda m: model_of(num_class_embeds=3)(images()), r"3 classes needs class_labels of shape \(3,\), got none"),
+        (lambda m: m(images(), generator=[generator_of(0)]), "one generator for each of 3 samples, got 1"),
+        (lambda m: m(images().byte()), "real numbers in .*got torch.uint8"),
+        (lambda m: model_of(num_class_embeds=3)(images(), torch.arange(1, 4)), r"must be 0 \.\. 2, got 1 \.\. 3"),
+        (lambda m: model_of(num_class_embeds=3)(images()), r"3 classes and needs class_labels \(3,\), got None"),
         (lambda m: model_of(num_class_embeds=3).generate(2, torch.tensor([0])), r"\(2,\), got \(1,\)"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from annealers.metrics import frechet_distance, mean_and_standard_error
+from annealers.metrics import frechet_distance, mean_and_standard_error, psnr
 
 
 def features(count, dimensions, seed, dtype=torch.float64):
@@ -109,3 +109,10 @@ def test_the_mean_has_the_standard_error_of_its_sample():
         mean_and_standard_error(torch.ones(1))
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         mean_and_standard_error(torch.ones(2, 2))
+
+
+def test_the_psnr_is_of_images_as_they_are_shown():
+    """A Gaussian's mean may lie beyond what a picture can hold."""
+    images, truth = torch.tensor([3.0, 0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    torch.testing.assert_close(psnr(images, truth), 20 * torch.tensor([2.0, 4.0]).log10())
+    assert psnr(truth, truth).isinf().all()

@@ -168,7 +168,7 @@ def test_each_output_type_shows_the_same_images():
 def test_channels_that_are_no_colours_come_out_as_tensors():
     pipeline = pipeline_of(in_channels=2, out_channels=2)
     assert pipeline(batch_size=2, num_inference_steps=1, output_type="pt").images.shape == (2, 2, 8, 8)
-    with pytest.raises(ValueError, match="1 or 3 channels, the autoencoder 2: use output_type='pt'"):
+    with pytest.raises(ValueError, match="1 or 3 channels, this autoencoder has 2: use output_type='pt'"):
         pipeline(batch_size=2, num_inference_steps=1)
 
 
@@ -210,7 +210,7 @@ def test_a_half_precision_autoencoder_walks_in_single_precision(dtype):
         ({"noise_level": float("nan")}, "noise_level must be finite and not negative, got nan"),
         ({"step_size": 0.0}, r"step_size must be in \(0, 1\]"),
         ({"num_inference_steps": -1}, "num_steps must be an integer >= 0, got -1"),
-        ({"image": torch.zeros(2, 3, 8, 8)}, r"sample must be \(B, 1, H, W\), got \(2, 3, 8, 8\)"),
+        ({"image": torch.zeros(2, 3, 8, 8)}, r"need \(B, 1, H, W\), got \(2, 3, 8, 8\)"),
         ({"image": torch.zeros(2, 1, 7, 8)}, "7 x 8 pixels do not allow"),
         (
             {"image": torch.zeros(2, 1, 8, 8), "batch_size": 3},

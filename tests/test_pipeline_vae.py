@@ -208,7 +208,7 @@ def test_a_conditional_model_reconstructs_each_image_by_its_own_label(conditiona
 
 
 def test_images_of_another_size_are_refused(plain):
-    with pytest.raises(ValueError, match=r"images of the size \(8, 8\), got \(12, 12\)"):
+    with pytest.raises(ValueError, match=r"images must be \(B, 1, 8, 8\), got \(1, 1, 12, 12\)"):
         plain.reconstruct(PIL.Image.new("L", (12, 12)))
 
 

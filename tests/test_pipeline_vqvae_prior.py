@@ -3,6 +3,7 @@
 import doctest
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -139,6 +140,17 @@ def test_a_reconstruction_is_the_decoder_s_of_the_encoder_s_codes():
     assert torch.equal(pipeline.reconstruct(x, output_type="latent", return_dict=False)[0], images)
 
 
+def test_pictures_and_arrays_are_reconstructed_as_the_tensor_is():
+    pipeline = VQVAEPriorPipeline(vqvae_of())
+    levels = torch.randint(0, 256, (2, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = pipeline.reconstruct(levels[:, None].float() / 127.5 - 1, output_type="pt").images
+    pictures = [PIL.Image.fromarray(picture.numpy()) for picture in levels]
+    for given in (pictures, (levels[..., None] / 255).numpy()):
+        torch.testing.assert_close(pipeline.reconstruct(given, output_type="pt").images, expected)
+    with pytest.raises(ValueError, match=r"need \(B, 1, H, W\), got \(1, 3, 8, 8\)"):
+        pipeline.reconstruct(torch.zeros(1, 3, 8, 8))
+
+
 def test_without_a_prior_it_says_what_is_missing_and_how_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"has no prior .*train_prior.py --vqvae FOLDER`"):
         VQVAEPriorPipeline(vqvae_of())(2)
@@ -155,6 +167,11 @@ def test_a_prior_that_is_set_later_is_used_and_saved(tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = VQVAEPriorPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(images_of(loaded), images_of(pipeline_of()))
+    VQVAEPriorPipeline(vqvae_of(), id2label=NAMES).save_pretrained(tmp_path / "first stage")
+    loaded = VQVAEPriorPipeline.from_pretrained(tmp_path / "first stage")  # whose names came as JSON
+    loaded.set_progress_bar_config(disable=True)
+    loaded.prior = prior_of()
     assert torch.equal(images_of(loaded), images_of(pipeline_of()))
     with pytest.raises(ValueError, match="num_embeddings 5, those of the prior 6"):
         VQVAEPriorPipeline(vqvae_of()).prior = prior_of(num_embeddings=6)
@@ -173,6 +190,8 @@ def test_a_prior_that_is_set_later_is_used_and_saved(tmp_path):
         (lambda: prior_of(sample_size=(4, 8)), r"size \(4, 4\), those of the prior \(4, 8\)"),
         (lambda: prior_of(in_channels=2), "in_channels 1, those of the prior 2"),
         (lambda: prior_of(classes=None, causal=False, feature_channels=3), "bidirectional"),
+        (lambda: prior_of(feature_channels=3), "conditioned on 3 channels of features, of which a VQ-VAE makes none"),
+        (lambda: prior_of("pixel_cnn", condition_channels=2), "conditioned on 2 channels of features"),
         (lambda: prior_of("pixel_cnn", output="mix_logistic"), "output='mix_logistic' is no law"),
     ],
 )
@@ -190,7 +209,7 @@ def test_codes_need_not_be_square():
 
 def test_images_of_other_channels_than_one_or_three_are_no_pictures():
     pipeline = pipeline_of(in_channels=2)
-    with pytest.raises(ValueError, match="this model's has 2"):
+    with pytest.raises(ValueError, match="this model has 2"):
         pipeline(class_labels=0)
     assert images_of(pipeline, output_type="pt").shape == (2, 2, 8, 8)
 

@@ -58,9 +58,8 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     runs = json.dumps([arguments(folder, "--gradient_accumulation_steps", 2)])
-    command = [*launch, ROOT / "tests" / "support" / "train_twice.py", runs, "train_autoencoder"]
+    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", runs, "train_autoencoder"]
     done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -223,6 +222,7 @@ def test_the_options_describe_the_network():
     [
         (["--block_out_channels", "8", "10"], r"multiples of norm_groups, got \[8, 10\] and 4"),
         (["--norm_groups", "0"], "multiples of norm_groups"),
+        (["--sample_columns", "0"], "sample_columns must be at least 1, got 0"),
     ],
 )
 def test_an_option_out_of_range_ends_with_a_usage_message(tmp_path, options, named, capsys):

@@ -91,9 +91,8 @@ def one_process(tmp_path_factory, diffusion):
 def two_processes(tmp_path_factory, diffusion):
     """The same on two processes, with accumulation."""
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     runs = json.dumps([arguments(folder, diffusion, "--gradient_accumulation_steps", 2)])
-    command = [*launch, ROOT / "tests" / "support" / "train_twice.py", runs, "train_classifier"]
+    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", runs, "train_classifier"]
     done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -322,6 +321,7 @@ def test_a_pipeline_that_is_not_there_is_named(tmp_path):
         (["--block_out_channels", "32", "44"], "multiples of norm_groups"),
         (["--attention_levels", "2"], "attention_levels must lie in 0 .. 1"),
         (["--label_smoothing", "1"], "label_smoothing must lie in"),
+        (["--sample_columns", "0"], "sample_columns must be at least 1"),
     ],
 )
 def test_an_option_out_of_range_ends_with_a_usage_message(tmp_path, diffusion, options, named, capsys):

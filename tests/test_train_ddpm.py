@@ -350,6 +350,7 @@ def test_a_resolution_that_the_network_cannot_halve_is_refused(tmp_path):
         (["--num_train_timesteps", "10", "--num_inference_steps", "11"], "num_inference_steps must lie in 1 .. 10"),
         (["--attention_levels", "2"], "attention_levels must lie in 0 .. 1"),
         (["--condition_dropout", "1.5"], "condition_dropout must lie in"),
+        (["--sample_columns", "0"], "sample_columns must be at least 1"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
         (["--loss", "vlb", "--min_snr_gamma", "5"], "one weight, got --min-snr-gamma 5.0 and --loss vlb"),
         (["--weighting", "likelihood", "--min_snr_gamma", "5"], "got --weighting likelihood and --min-snr-gamma 5.0"),

@@ -85,9 +85,8 @@ def one_process(tmp_path_factory, vqvae_folder):
 def two_processes(tmp_path_factory, vqvae_folder):
     """The same on two processes, with accumulation."""
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     runs = [arguments(kind, folder, vqvae_folder, "--gradient_accumulation_steps", 2) for kind in KINDS]
-    command = [*launch, ROOT / "tests" / "support" / "train_twice.py", json.dumps(runs), "train_prior"]
+    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", json.dumps(runs), "train_prior"]
     done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -413,6 +412,9 @@ def test_a_vqvae_of_other_images_is_refused(tmp_path, options, message):
         (["--num_levels", "3", "--binarize", "static"], "binarised images have 2 levels, got num_levels=3"),
         (["--model", "code_transformer"], "model='code_transformer' is of codes"),
         (["--vqvae", "somewhere", "--num_levels", "4"], "num_levels=4 is of pixels"),
+        (["--vqvae", "somewhere", "--output", "mix_logistic"], "output='mix_logistic' is of levels"),
+        (["--temperature", "0"], "temperature > 0, got 0"),
+        (["--sample_columns", "0"], "sample_columns must be at least 1, got 0"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message, capsys):

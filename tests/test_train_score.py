@@ -101,9 +101,8 @@ def two_processes(tmp_path_factory):
         middle = root / name / "checkpoints" / "checkpoint-00000003"
         runs.append(points(root / name, *options))
         runs.append(points(root / f"{name}_resumed", *options, "--resume", middle))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = ROOT / "tests" / "support" / "train_twice.py"
-    command = [*launch, script, json.dumps(runs), "train_score"]
+    command = [sys.executable, script, json.dumps(runs), "train_score"]
     done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return root

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -29,13 +30,15 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     *("--block_out_channels", "8", "8", "--norm_groups", "4", "--attention", "false", "--latent_channels", "3"),
     *("--batch_size", "16", "--validation_samples", "20", "--importance_images", "6", "--importance_samples", "3"),
-    *("--sample_columns", "2", "--report_to", "none", "--log_every", "2"),
+    *("--sample_columns", "2", "--report_to", "none", "--log_every", "2", "--max_train_samples", "160"),
     *("--kl_warmup_steps", "3"),
     # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant"),
 ]
 LADDER = [*("--model", "hierarchical", "--latent_channels", "3", "2", "--free_bits", "0.5")]
 GAUSSIAN = [*("--likelihood", "gaussian", "--flat_latent", "false", "--max_steps", "4", "--checkpoint_every", "2")]
+ALL_DIGITS = ("--max_train_samples", "1442")
+RUNS = ("vae", "ladder")
 LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
@@ -68,13 +71,12 @@ def one_process(tmp_path_factory):
 def two_processes(tmp_path_factory):
     """The same on two processes, with accumulation."""
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     split = ("--gradient_accumulation_steps", 2)
     runs = [
         arguments(folder / "vae", *GAUSSIAN, *split),
         arguments(folder / "ladder", *LADDER, *split, "--max_steps", 2),
     ]
-    command = [*launch, ROOT / "tests" / "support" / "train_twice.py", json.dumps(runs), "train_vae"]
+    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", json.dumps(runs), "train_vae"]
     done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -136,9 +138,9 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(one_proc
 def test_the_latents_have_variance_one_after_scaling_and_the_scale_is_saved(one_process, two_processes):
     """Of posterior samples of all the training images, here with noise of our own."""
     vae = VAEPipeline.from_pretrained(one_process / "vae" / "pipeline").vae
-    task = task_of(max_train_samples=None)
+    task = task_of(max_train_samples=160)
     batch = first_batch(task, size=len(task.data.train))
-    assert len(batch["rows"].unique()) == 1442
+    assert len(batch["rows"].unique()) == 160
     with torch.no_grad():
         z = vae.encode(batch["images"], batch["labels"]).latent_dist.sample(torch.Generator().manual_seed(0))
     assert (z * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.02)
@@ -161,11 +163,37 @@ def test_what_is_saved_is_a_pipeline_with_the_averaged_model(one_process):
     assert "class_labels=['0', '1', '2', '3']" in card and "elbo_bits_per_dim" in card and "iw_3_nats" in card
 
 
+def test_the_tables_of_likelihoods_and_of_latents_have_the_numbers_of_the_validation(
+    one_process, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as if they were run there
+    models = [f"{run}={one_process / run / 'pipeline'}" for run in RUNS]
+    shared = ["--dataset", "digits", "--name", "digits", "--out", str(tmp_path)]
+    validated = {run: [line for line in metrics(one_process / run) if "validation/kl" in line][-1] for run in RUNS}
+
+    runpy.run_path(str(ROOT / "benchmarks" / "latent_use.py"))["main"]([*models, *shared, "--images", "20"])
+    used = json.loads((tmp_path / "digits_latents.json").read_text())["models"]
+    of_top = validated["ladder"]["validation/kl_0"]  # which no draw moves
+    assert used["ladder"]["kl_per_layer"][0] == pytest.approx(of_top, rel=1e-4)
+    assert sum(used["vae"]["kl_per_layer"]) == pytest.approx(validated["vae"]["validation/kl"], rel=0.05)
+    assert used["vae"]["images"] == 20 and "| ladder | 20 |" in (tmp_path / "digits_latents.md").read_text()
+
+    options = ["--images", "20", "--iw-samples", "3", "--iw-images", "6"]
+    runpy.run_path(str(ROOT / "benchmarks" / "image_likelihood.py"))["main"]([*models, *shared, *options])
+    rows = json.loads((tmp_path / "digits_likelihood.json").read_text())["rows"]
+    assert [(row["model"], row["kind"], row["images"]) for row in rows] == [
+        (run, *kind) for run in RUNS for kind in (("ELBO", 20), ("IW-3", 6))
+    ]
+    for row in rows:  # other draws of the latents and of what a density is spread with
+        name = {"ELBO": "validation/elbo_bits_per_dim", "IW-3": "validation/iw_3_bits_per_dim"}[row["kind"]]
+        assert row["bits_per_dim"] == pytest.approx(validated[row["model"]][name], rel=0.02)
+
+
 def test_it_uses_its_latents_after_a_few_steps(tmp_path):
     """A weight hidden in a mean over pixels would leave nearly all of them unused."""
     options = ["--likelihood", "bernoulli", "--binarize", "dynamic", "--class_conditional", "false", "--sigma", "0.5"]
-    training = ["--max_steps", 40, "--adam_epsilon", 1e-8, "--learning_rate", 0.005, "--ema_decay", 0]
-    main(arguments(tmp_path, *options, *training, "--kl_warmup_steps", 0, "--batch_size", 32))
+    training = ["--max_steps", 60, "--adam_epsilon", 1e-8, "--learning_rate", 0.005, "--ema_decay", 0]
+    main(arguments(tmp_path, *options, *training, "--kl_warmup_steps", 0, "--batch_size", 32, *ALL_DIGITS))
     last = metrics(tmp_path)[-1]
     assert last["validation/active_units"] > 1.5  # of three
     assert last["validation/elbo_nats"] < 64 * math.log(2) - 3  # of fair coins

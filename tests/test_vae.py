@@ -328,9 +328,11 @@ def test_samples_of_a_class_are_of_that_class():
 @pytest.mark.parametrize(
     ("classes", "labels", "message"),
     [
-        (None, torch.tensor([0, 1]), "a model without classes"),
-        (3, None, r"of 3 classes needs class_labels of shape \(2,\), got none"),
-        (3, torch.tensor([0]), r"of shape \(2,\), got \(1,\)"),
+        (None, torch.tensor([0, 1]), "the model has no classes"),
+        (3, None, r"3 classes and needs class_labels \(2,\), got None"),
+        (3, torch.tensor([2, 3]), r"class_labels must be 0 \.\. 2, got 2 \.\. 3"),
+        (3, torch.tensor([-1, 0]), r"class_labels must be 0 \.\. 2, got -1 \.\. 0"),
+        (3, torch.tensor([0]), r"class_labels must be \(2,\), got \(1,\)"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(classes, labels, message):
@@ -523,6 +525,7 @@ def test_options_that_cannot_work_are_refused(options, message):
     [
         (lambda model: model(torch.zeros(2, 3, 8, 8)), r"images must be \(B, 1, H, W\), got \(2, 3, 8, 8\)"),
         (lambda model: model.encode(torch.zeros(1, 8, 8)), r"images must be \(B, 1, H, W\), got \(1, 8, 8\)"),
+        (lambda model: model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), r"real numbers in .*got torch.uint8"),
         (lambda model: model(torch.zeros(2, 1, 9, 8)), "9 x 8 pixels do not allow"),
         (lambda model: model.decode(torch.zeros(2, 3, 4, 4)), r"latents must be \(B, 2, h, w\), got \(2, 3, 4, 4\)"),
         (lambda model: model(torch.zeros(2, 1, 8, 8), noise=torch.zeros(2, 2, 1, 1)), r"noise must be \(2, 2, 4, 4\)"),
@@ -538,9 +541,22 @@ def test_arguments_that_do_not_fit_are_refused(call, message):
         call(model_of())
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_list_of_generators_has_one_for_each_image(count):
+    model, x, generators = model_of(), torch.zeros(3, 1, 8, 8), [generator(i) for i in range(count)]
+    for call in (
+        lambda: model(x, generator=generators),
+        lambda: model.log_prob(x, 2, generator=generators),
+        lambda: model.prior_sample(3, generators),
+        lambda: model.likelihood.draw(x, generators),
+    ):
+        with pytest.raises(ValueError, match=f"one generator for each of 3 samples, got {count}"):
+            call()
+
+
 def test_a_flat_latent_takes_images_and_latents_of_one_size():
     model = model_of(flat_latent=True)
-    with pytest.raises(ValueError, match=r"a flat latent is of images of the size \(8, 8\), got \(16, 16\)"):
+    with pytest.raises(ValueError, match=r"images must be \(B, 1, 8, 8\), got \(1, 1, 16, 16\)"):
         model.encode(torch.zeros(1, 1, 16, 16))
     with pytest.raises(ValueError, match=r"latents must be \(B, 2, 1, 1\), got \(1, 2, 4, 4\)"):
         model.decode(torch.zeros(1, 2, 4, 4))

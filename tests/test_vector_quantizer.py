@@ -45,6 +45,16 @@ def test_each_latent_becomes_the_nearest_vector_of_the_codebook_bit_for_bit():
     assert torch.equal(quantizer.lookup(result.indices), result.quantized)
 
 
+def test_the_nearest_code_is_found_however_far_from_the_origin():
+    """Where squares of the latents are a million times those of their distances."""
+    codebook, z = 0.25 * normal(64, 8), 0.25 * normal(4, 8, 6, 6, seed=1)
+    for offset in (0, 256):
+        far, moved = codebook + offset, z + offset
+        expected = torch.cdist(moved.movedim(1, -1).flatten(0, -2).double(), far.double()).argmin(dim=1)
+        assert torch.equal(quantizer_of(far).indices(moved).flatten(), expected)
+        assert expected.unique().numel() > 32
+
+
 def test_the_gradient_passes_straight_through_and_does_not_reach_the_codebook():
     quantizer = quantizer_of(normal(5, 2), decay=None)
     z = normal(1, 2, 2, 2, seed=1).requires_grad_()
@@ -328,12 +338,32 @@ def test_an_option_out_of_range_is_refused(options, message):
         (torch.tensor([[[0, 8]]]), "codes lie in 0 .. 7, got 0 .. 8"),
         (torch.tensor([[[-1, 3]]]), "got -1 .. 3"),
         (torch.zeros(1, 2, 2), r"integers of shape \(B, h, w\), got torch.float32"),
+        (torch.zeros(1, 2, 2, dtype=torch.bool), r"got torch.bool \(1, 2, 2\)"),
         (torch.zeros(4, dtype=torch.long), r"got torch.int64 \(4,\)"),
     ],
 )
 def test_what_are_no_codes_is_refused(indices, message):
     with pytest.raises(ValueError, match=message):
         quantizer_of(normal(8, 2)).lookup(indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_codes_can_be_kept_in_few_bits(dtype):
+    quantizer, codes = quantizer_of(normal(8, 2)), torch.arange(8).view(2, 2, 2)
+    assert torch.equal(quantizer.lookup(codes.to(dtype)), quantizer.lookup(codes))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 4, 4), (2, 2)])
+def test_latents_of_another_shape_are_refused(shape):
+    for call in (quantizer_of(normal(8, 2)), quantizer_of(normal(8, 2)).indices):
+        with pytest.raises(ValueError, match=r"latents must be \(B, 2, h, w\) to be quantised, got \(2, "):
+            call(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3), (2, 12), (24,)])
+def test_priorities_that_are_not_one_for_each_latent_are_refused(shape):
+    with pytest.raises(ValueError, match=r"restart_priority must be \(2, 3, 4\), got"):
+        quantizer_of(normal(8, 2))(normal(2, 2, 3, 4), torch.zeros(shape))
 
 
 def test_a_codebook_of_another_shape_is_refused():

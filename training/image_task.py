@@ -14,11 +14,9 @@ from torch import nn
 from annealers import GuidedDiffusionPipeline
 from annealers.configuration import RunConfig, option
 from annealers.data import validation_batches
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.figures import sample_grid
 from annealers.run import Batch, Task, Terms, gathered_images, in_order_of_positions, my_share
 from annealers.timestep_sampling import TimestepSampler, TimestepSampling, make_timestep_sampler
-
-SMALLEST_PICTURE = 48  # pixels; smaller images are enlarged to be seen
 
 
 @dataclass
@@ -76,6 +74,8 @@ class ImageConfig(NetworkConfig):
         super().__post_init__()
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {self.condition_dropout}")
+        if self.sample_columns < 1:
+            raise ValueError(f"sample_columns must be at least 1, got {self.sample_columns}")
 
 
 def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
@@ -213,9 +213,4 @@ class ImageTask(Task):
         """A row of samples for each class, or a square without classes."""
         columns = self.config.sample_columns
         rows = columns if self.id2label is None else len(self.id2label)
-        images = self.samples(objective, rows, columns, accelerator)
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            images = torch.cat(images.split(1, dim=1), dim=-1)
-        pictures = to_pil(images)
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        return image_grid([enlarge(picture, scale) for picture in pictures], columns, padding=2)
+        return sample_grid(self.samples(objective, rows, columns, accelerator), columns)

@@ -22,10 +22,9 @@ from torch import nn
 from annealers import AutoencoderModel, DenoisingAutoencoderPipeline
 from annealers.configuration import RunConfig, option, parse_config
 from annealers.data import validation_batches
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.figures import sample_grid
 from annealers.losses import mean_flat
 from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
-from annealers.training.image_task import SMALLEST_PICTURE
 
 MOMENTS = (0.0, 0.1, 0.3, 1.0)  # of the walk in the pictures, as parts of its steps
 
@@ -60,6 +59,8 @@ class AutoencoderConfig(RunConfig):
             raise ValueError(
                 f"block_out_channels must be multiples of norm_groups, got {channels} and {self.norm_groups}"
             )
+        if self.sample_columns < 1:
+            raise ValueError(f"sample_columns must be at least 1, got {self.sample_columns}")
 
 
 class AutoencoderObjective(nn.Module):
@@ -147,11 +148,7 @@ class AutoencoderTask(Task):
         if sigma > 0:
             rows += self.walk(pipeline, mine)
         column = gathered_images(torch.cat(rows, dim=-2), len(batch["images"]), accelerator)
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            column = torch.cat(column.split(1, dim=1), dim=-1)
-        pictures = [picture for row in column.chunk(len(rows), dim=-2) for picture in to_pil(row)]
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        return image_grid([enlarge(picture, scale) for picture in pictures], len(column), padding=2)
+        return sample_grid(torch.cat(column.chunk(len(rows), dim=-2)), len(column))
 
     def walk(self, pipeline: DenoisingAutoencoderPipeline, positions: list[int]) -> list[torch.Tensor]:
         """States of walks from noise at the `MOMENTS`, each (B, C, H, W); each image has a generator of its own."""

@@ -28,10 +28,10 @@ from annealers import GuidedDiffusionPipeline, NoisyClassifierModel
 from annealers.configuration import option, parse_config
 from annealers.data import ImageData, validation_batches
 from annealers.exact import path_point, prediction_type_of
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.figures import sample_grid
 from annealers.randomness import PositionalRandomness
 from annealers.run import Batch, Run, Task, Terms, gathered_images, my_share
-from annealers.training.image_task import SMALLEST_PICTURE, NetworkConfig
+from annealers.training.image_task import NetworkConfig
 
 STRATA = 8  # of the timesteps in validation; two to a quarter
 
@@ -56,6 +56,8 @@ class ClassifierConfig(NetworkConfig):
         super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.sample_columns < 1:
+            raise ValueError(f"sample_columns must be at least 1, got {self.sample_columns}")
 
 
 class ClassifierObjective(nn.Module):
@@ -203,11 +205,7 @@ class ClassifierTask(Task):
             generator=[torch.Generator().manual_seed(self.randomness.step_seed(i, 0)) for i in mine],
             output_type="latent",
         ).images
-        images = gathered_images(images, count, accelerator)
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            images = torch.cat(images.split(1, dim=1), dim=-1)
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        return image_grid([enlarge(picture, scale) for picture in to_pil(images)], columns, padding=2)
+        return sample_grid(gathered_images(images, count, accelerator), columns)
 
 
 def check_match(data: ImageData, diffusion: GuidedDiffusionPipeline) -> None:

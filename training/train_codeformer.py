@@ -37,12 +37,12 @@ from annealers.adversarial import AdaptiveWeight, frozen, hinge_discriminator_lo
 from annealers.configuration import RunConfig, option, parse_config
 from annealers.data import ImageData, validation_batches
 from annealers.feature_loss import FeatureLoss
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.figures import sample_grid
 from annealers.image_degradations import DegradationRanges, degrade
 from annealers.losses import mean_flat
+from annealers.metrics import psnr
 from annealers.randomness import PositionalRandomness
 from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
-from annealers.training.image_task import SMALLEST_PICTURE
 from annealers.training.train_vqvae import feature_network
 
 FIDELITY_WEIGHTS = (0.0, 0.5, 1.0)  # of validation and pictures
@@ -300,16 +300,7 @@ class CodeFormerTask(Task):
         restored = [network(degraded, fidelity_weight=w).sample for w in FIDELITY_WEIGHTS]
         column = torch.cat([degraded, *restored, images], dim=-2)  # (B, C, 5 H, W)
         column = gathered_images(column, len(batch["images"]), accelerator)
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            column = torch.cat(column.split(1, dim=1), dim=-1)
-        pictures = [picture for row in column.chunk(len(FIDELITY_WEIGHTS) + 2, dim=-2) for picture in to_pil(row)]
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        return image_grid([enlarge(picture, scale) for picture in pictures], len(column), padding=2)
-
-
-def psnr(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """10 log10(4 / mean squared error) of images in [-1, 1], (B,), in dB."""
-    return 10 * torch.log10(4 / mean_flat((images.float().clamp(-1, 1) - truth) ** 2))
+        return sample_grid(torch.cat(column.chunk(len(FIDELITY_WEIGHTS) + 2, dim=-2)), len(column))
 
 
 def check_match(data: ImageData, vqvae: Any) -> None:

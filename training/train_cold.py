@@ -25,12 +25,12 @@ from torch import nn
 from annealers import ColdDiffusionScheduler, GuidedDiffusionPipeline
 from annealers.configuration import option, parse_config
 from annealers.data import validation_batches
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.figures import sample_grid
 from annealers.losses import mean_flat
 from annealers.run import Batch, Run, Terms, gathered_images, my_share
 from annealers.schedulers.path_tables import spaced_timesteps
 from annealers.timestep_sampling import TimestepSampler
-from annealers.training.image_task import SMALLEST_PICTURE, ImageConfig, ImageTask
+from annealers.training.image_task import ImageConfig, ImageTask
 
 WAYS = ("direct", "naive", "improved")
 IMAGES_OF_TERMINAL_LAW = 1000
@@ -182,11 +182,7 @@ class ColdTask(ImageTask):
         x_t, restored = self.restorations(restoration, images, labels, self.start(3))
         column = torch.cat([x_t, *(restored[way] for way in WAYS), images], dim=-2)  # (B, C, 5 H, W)
         column = gathered_images(column, len(batch["images"]), accelerator)
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            column = torch.cat(column.split(1, dim=1), dim=-1)
-        pictures = [picture for row in column.chunk(len(WAYS) + 2, dim=-2) for picture in to_pil(row)]
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        return image_grid([enlarge(picture, scale) for picture in pictures], len(column), padding=2)
+        return sample_grid(torch.cat(column.chunk(len(WAYS) + 2, dim=-2)), len(column))
 
 
 def main(arguments: list[str] | None = None) -> None:

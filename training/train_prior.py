@@ -34,11 +34,10 @@ from torch import nn
 from annealers import CodeTransformerModel, PixelCNNModel, PixelCNNPipeline, VQVAEPriorPipeline
 from annealers.configuration import RunConfig, option, parse_config
 from annealers.data import Binarization, ImageData, binarized_batch, validation_batches
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.figures import sample_grid
 from annealers.models.pixel_likelihood import bits_per_dim, levels_to_values, values_to_levels
 from annealers.randomness import PositionalRandomness
 from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
-from annealers.training.image_task import SMALLEST_PICTURE
 from annealers.training.pixel_law import PixelLawConfig, levelled_images, spread_images
 
 
@@ -86,6 +85,12 @@ class PriorConfig(RunConfig):
             raise ValueError(f"model={self.model!r} is of codes: name the VQ-VAE that makes them, --vqvae")
         if self.vqvae is not None and self.num_levels is not None:
             raise ValueError(f"num_levels={self.num_levels} is of pixels; codes have the number that the VQ-VAE has")
+        if self.vqvae is not None and self.output != "categorical":
+            raise ValueError(f"output={self.output!r} is of levels, which have an order; codes need categorical")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"need a finite temperature > 0, got {self.temperature}")
+        if self.sample_columns < 1:
+            raise ValueError(f"sample_columns must be at least 1, got {self.sample_columns}")
 
 
 class PixelObjective(nn.Module):
@@ -220,14 +225,6 @@ class PriorTask(Task):
         ).images
         return gathered_images(images, count, accelerator)
 
-    def grid(self, images: torch.Tensor) -> Image.Image:
-        """Images in [-1, 1], (N, C, H, W), in rows."""
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            images = torch.cat(images.split(1, dim=1), dim=-1)
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        pictures = [enlarge(picture, scale) for picture in to_pil(images)]
-        return image_grid(pictures, self.config.sample_columns, padding=2)
-
 
 class PixelTask(PriorTask):
     """An autoregressive model of pixels."""
@@ -263,7 +260,7 @@ class PixelTask(PriorTask):
         images = [self.samples(objective, accelerator)]
         if self.data.validation is not None:
             images += self.completions(objective, accelerator)
-        return self.grid(torch.cat(images))
+        return sample_grid(torch.cat(images), self.config.sample_columns)
 
     def completions(self, objective: nn.Module, accelerator: Accelerator) -> list[torch.Tensor]:
         """Held-out images, the same with the lower half black, and what the model makes of that, in [-1, 1]."""
@@ -272,13 +269,14 @@ class PixelTask(PriorTask):
         originals, labels = self.seen(batch, accelerator.device)  # all of them, on every process
         known = torch.arange(self.data.resolution, device=accelerator.device) < self.data.resolution // 2
         known = known.unsqueeze(1).expand(-1, self.data.resolution)  # (H, W)
-        mine = [min(i, len(originals) - 1) for i in my_share(len(originals), accelerator)]
+        mine = my_share(len(originals), accelerator)
+        labels = None if labels is None else labels[mine.start : mine.stop]
         codes = accelerator.unwrap_model(objective).network.generate(
             len(mine),
-            class_labels=None if labels is None else labels[mine],
-            generator=self.generators(range(mine[0], mine[-1] + 1)),
+            class_labels=labels,
+            generator=self.generators(mine),
             temperature=self.config.temperature,
-            prompt=values_to_levels(originals[mine], self.num_levels),
+            prompt=values_to_levels(originals[mine.start : mine.stop], self.num_levels),
             known=known,
         )
         completed = gathered_images(levels_to_values(codes, self.num_levels), len(originals), accelerator)
@@ -331,7 +329,7 @@ class CodeTask(PriorTask):
             originals, _ = self.seen(batch, accelerator.device)
             pipeline = self.pipeline(accelerator.unwrap_model(objective)).to(accelerator.device)
             images += [originals.cpu(), pipeline.reconstruct(originals, output_type="latent").images.cpu()]
-        return self.grid(torch.cat(images))
+        return sample_grid(torch.cat(images), self.config.sample_columns)
 
 
 def check_match(data: ImageData, vqvae: ModelMixin) -> None:

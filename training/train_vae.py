@@ -32,23 +32,15 @@ from torch import nn
 
 from annealers import HierarchicalVAEModel, VAEModel, VAEPipeline
 from annealers.collapse import LatentUse
-from annealers.configuration import RunConfig, option, parse_config
-from annealers.data import (
-    Binarization,
-    ImageData,
-    ImageStream,
-    PointRows,
-    binarized_batch,
-    train_batches,
-    validation_batches,
-)
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.configuration import option, parse_config
+from annealers.data import ImageData, ImageStream, PointRows, train_batches, validation_batches
+from annealers.figures import sample_grid
 from annealers.models.hierarchical_vae import HierarchicalVAEOutput, free_bits
-from annealers.models.pixel_likelihood import bits_per_dim, check_binary, levels_to_values, values_to_levels
+from annealers.models.pixel_likelihood import bits_per_dim
 from annealers.models.vae import VAEOutput
 from annealers.randomness import PositionalRandomness
 from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
-from annealers.training.image_task import SMALLEST_PICTURE
+from annealers.training.pixel_law import PixelLawConfig, levelled_images, spread_images
 
 IMAGES_FOR_SCALE = 10_000  # of the training data, that the scale of the latents is measured on
 
@@ -56,7 +48,7 @@ Network = VAEModel | HierarchicalVAEModel
 
 
 @dataclass
-class VAEConfig(RunConfig):
+class VAEConfig(PixelLawConfig):
     """Options of a variational autoencoder; the defaults train one of 8 x 8 digits on a CPU."""
 
     output_dir: str = option("runs/vae", "Folder of the run: pipeline, samples, metrics, checkpoints.")
@@ -81,13 +73,6 @@ class VAEConfig(RunConfig):
     likelihood: Literal["bernoulli", "gaussian", "discretized_logistic", "discretized_mix_logistic"] = option(
         "discretized_logistic", "Law of the pixels."
     )
-    binarize: Binarization = option("none", "Black or white pixels, drawn once or anew each time, for 'bernoulli'.")
-    num_levels: int | None = option(None, "Values of a grey pixel; unset: 17 of the digits, else 256.")
-    sigma: float = option(
-        0.5, "Standard deviation of 'gaussian', of images in [-1, 1]; that at first if it is learnt."
-    )
-    learn_sigma: bool = option(True, "Learn it.")
-    num_mixtures: int = option(10, "Components of 'discretized_mix_logistic'.")
 
     beta: float = option(1.0, "Weight of the divergence of the posterior from the prior.")
     kl_warmup_steps: int = option(300, "Optimizer steps over which it grows from 0.")
@@ -99,28 +84,17 @@ class VAEConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.binarize != "none" and self.likelihood != "bernoulli":
-            raise ValueError(f"binarised images have the likelihood 'bernoulli', got {self.likelihood!r}")
         for name in ("beta", "kl_warmup_steps", "free_bits", "importance_samples"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("importance_images", "sample_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_levels is not None and self.num_levels < 2:
-            raise ValueError(f"num_levels must be at least 2, got {self.num_levels}")
         if self.model == "vae" and (len(self.latent_channels) != 1 or self.latent_levels or self.free_bits > 0):
             raise ValueError(
                 "several latent_channels, latent_levels and free_bits are of model='hierarchical', got "
                 f"{self.latent_channels}, {self.latent_levels} and {self.free_bits} with 'vae'"
             )
-
-    @property
-    def levels(self) -> int:
-        """Values of a pixel. The digits are stored as bytes, but have 17 of them."""
-        if self.num_levels is not None:
-            return self.num_levels
-        return 17 if self.dataset == "digits" else 256
 
     @property
     def layer_levels(self) -> tuple[int, ...]:
@@ -194,12 +168,8 @@ class VAETask(Task):
             "norm_num_groups": config.norm_groups,
             "mid_block_add_attention": config.attention,
             "flat_latent": config.flat_latent,
-            "likelihood": config.likelihood,
-            "num_levels": config.levels,
-            "sigma": config.sigma,
-            "learn_sigma": config.learn_sigma,
-            "num_mixtures": config.num_mixtures,
             "num_class_embeds": None if self.id2label is None else len(self.id2label),
+            **config.law,
         }
         if config.model == "hierarchical":
             channels, levels = tuple(config.latent_channels), config.layer_levels
@@ -210,25 +180,12 @@ class VAETask(Task):
 
     # ---- what is drawn ----------------------------------------------------------------------------------------------
 
-    def images_of(self, batch: Batch, split: str) -> torch.Tensor:
-        """The images as the likelihood wants them: binarised, or of so many levels, spread out for a density."""
-        config = self.config
-        images = binarized_batch(batch, config.binarize, self.randomness, split)
-        if config.likelihood == "bernoulli":
-            check_binary(images)  # a compiled network does not
-            return images
-        images = levels_to_values(values_to_levels(images, config.levels), config.levels)
-        if config.likelihood != "gaussian":
-            return images
-        first, shape = batch["first_position"], tuple(images.shape[1:])
-        uniform = self.randomness.uniform(f"dequantisation of {split}", first, len(images), shape)
-        return images + (uniform.to(images) - 0.5) * 2 / (config.levels - 1)
-
     def seen(self, batch: Batch, split: str) -> dict[str, torch.Tensor]:
         """Images, noise and labels of a batch, as functions of (seed, position)."""
-        first, count = batch["first_position"], len(batch["images"])
+        config, first, count = self.config, batch["first_position"], len(batch["images"])
+        images = levelled_images(batch, config, self.randomness, split)
         drawn = {
-            "images": self.images_of(batch, split),
+            "images": spread_images(images, first, config, self.randomness, split),
             "noise": self.randomness.normal(f"noise of {split}", first, count, self.noise_shape),
         }
         return drawn if self.id2label is None else drawn | {"labels": batch["labels"]}
@@ -337,10 +294,7 @@ class VAETask(Task):
             blocks.append(manifold.cpu())
         white = torch.ones(self.config.sample_columns, *blocks[0].shape[1:])
         images = torch.cat([blocks[0], *(rows for block in blocks[1:] for rows in (white, block))])
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            images = torch.cat(images.split(1, dim=1), dim=-1)
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        return image_grid([enlarge(tile, scale) for tile in to_pil(images)], self.config.sample_columns, padding=2)
+        return sample_grid(images, self.config.sample_columns)
 
     def reconstructions(self, pipeline: VAEPipeline, accelerator: Accelerator) -> torch.Tensor:
         """A row of images and one of what becomes of them, white where there are no more."""

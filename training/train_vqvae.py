@@ -39,13 +39,13 @@ from annealers.adversarial import AdaptiveWeight, frozen, hinge_discriminator_lo
 from annealers.configuration import option, parse_config
 from annealers.data import ImageData, PointRows, train_batches, validation_batches
 from annealers.feature_loss import FeatureLoss
-from annealers.figures import enlarge, image_grid, to_pil
+from annealers.figures import sample_grid
+from annealers.metrics import psnr
 from annealers.models.pixel_likelihood import bits_per_dim
 from annealers.models.vector_quantizer import perplexity
 from annealers.models.vqvae import code_counts
 from annealers.randomness import PositionalRandomness
 from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
-from annealers.training.image_task import SMALLEST_PICTURE
 from annealers.training.pixel_law import PixelLawConfig, levelled_images, spread_images
 
 KMEANS_ITERATIONS = 30
@@ -303,11 +303,10 @@ class VQVAETask(Task):
             seen = spread_images(images, batch["first_position"], self.config, self.randomness, "validation")
             output = network(seen.to(accelerator.device))
             counts.add_(code_counts(output.indices, len(counts)))
-            error = (output.sample - images.to(output.sample)).square().flatten(1).mean(dim=1)
             return {
                 "bits_per_dim_given_codes": bits_per_dim(output.nll, network.likelihood, tuple(images.shape[1:])),
                 "commitment": output.commitment,
-                "psnr": 10 * torch.log10(4 / error),
+                "psnr": psnr(output.sample, images.to(accelerator.device)),
             }
 
         values = held_out_means(self.shown_data, self.config, accelerator, terms_of)
@@ -349,10 +348,7 @@ class VQVAETask(Task):
         mine = list(my_share(len(images), accelerator))
         decoded = network.decode_indices(network.encode(images[mine].to(accelerator.device)).indices).sample
         rows = torch.cat([images, gathered_images(decoded, len(images), accelerator)])
-        if self.data.channels not in (1, 3):  # no colours: the channels beside each other
-            rows = torch.cat(rows.split(1, dim=1), dim=-1)
-        scale = -(-SMALLEST_PICTURE // self.data.resolution)
-        grid = image_grid([enlarge(picture, scale) for picture in to_pil(rows)], len(images), padding=2).convert("RGB")
+        grid = sample_grid(rows, len(images)).convert("RGB")
         chart = usage_chart(counts, grid.width)
         picture = Image.new("RGB", (grid.width, grid.height + chart.height), "white")
         picture.paste(grid, (0, 0))
@@ -364,9 +360,13 @@ def feature_network(name: str, channels: int) -> NoisyClassifierModel:
     """The classifier in a pipeline.
 
     Raises:
+        OSError: If there is none.
         ValueError: If it is of images with another number of channels.
     """
-    classifier = NoisyClassifierModel.from_pretrained(name, subfolder="classifier")
+    try:
+        classifier = NoisyClassifierModel.from_pretrained(name, subfolder="classifier")
+    except OSError as error:
+        raise OSError(f"found no classifier in {name!r}: name the pipeline of a run of train_classifier.py") from error
     if classifier.config.in_channels != channels:
         raise ValueError(
             f"the images have {channels} channels, those of the classifier in {name!r} {classifier.config.in_channels}"

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from annealers.models.pixel_likelihood import at_least_float32
+
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: the units fall into two groups, far from it on either side
 
 Distributions = DiagonalGaussianDistribution | tuple[DiagonalGaussianDistribution, ...]
@@ -32,14 +34,17 @@ def shift_from_prior(
     posterior: DiagonalGaussianDistribution, prior: DiagonalGaussianDistribution | None = None
 ) -> torch.Tensor:
     """m = (mu_q - mu_p) / sigma_p of each unit, (B, C, h, w); a prior of None is the standard normal law."""
-    return posterior.mean if prior is None else (posterior.mean - prior.mean) / prior.std
+    mean = at_least_float32(posterior.mean)
+    return mean if prior is None else (mean - at_least_float32(prior.mean)) / at_least_float32(prior.std)
 
 
 def kl_of_units(
     posterior: DiagonalGaussianDistribution, prior: DiagonalGaussianDistribution | None = None
 ) -> torch.Tensor:
     """KL(q(z_u | x) || p(z_u)) of each unit in nats, (B, C, h, w); a prior of None is the standard normal law."""
-    log_ratio = posterior.logvar if prior is None else posterior.logvar - prior.logvar
+    log_ratio = at_least_float32(posterior.logvar)
+    if prior is not None:
+        log_ratio = log_ratio - at_least_float32(prior.logvar)
     return 0.5 * (shift_from_prior(posterior, prior) ** 2 + log_ratio.exp() - 1 - log_ratio)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from annealers.pipelines import Trajectory
 
 LABEL_HEIGHT = 14  # pixels, for a 10-pixel font
+SMALLEST_PICTURE = 48  # pixels; smaller samples are enlarged to be seen
 
 
 def image_grid(images: Sequence[PIL.Image.Image], columns: int, padding: int = 0) -> PIL.Image.Image:
@@ -52,6 +53,20 @@ def save_grid(
 ) -> None:
     """Writes `image_grid` of the enlarged images; the format is that of the extension of `path`."""
     image_grid([enlarge(image, scale) for image in images], columns, padding).save(path)
+
+
+def sample_grid(samples: torch.Tensor, columns: int) -> PIL.Image.Image:
+    """Shows samples row by row, each at least `SMALLEST_PICTURE` pixels high, two white pixels apart.
+
+    Args:
+        samples: (N, C, H, W) in [-1, 1], N >= 1; values outside are clipped. Where C channels are no colours, neither
+            1 nor 3, they stand beside each other as grey images.
+        columns: Samples per row.
+    """
+    if samples.shape[1] not in (1, 3):
+        samples = torch.cat(samples.split(1, dim=1), dim=-1)
+    scale = math.ceil(SMALLEST_PICTURE / samples.shape[-2])
+    return image_grid([enlarge(picture, scale) for picture in to_pil(samples)], columns, padding=2)
 
 
 def labelled(

@@ -46,6 +46,20 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
     return max(0.0, float(((mean_a - mean_b) ** 2).sum() + trace_a + trace_b - 2 * cross))  # -1e-15 is rounding
 
 
+def psnr(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio, 10 log10(4 / mean squared error), in dB.
+
+    Args:
+        images: (B, C, H, W); what lies outside of [-1, 1], which no picture can show, is clipped.
+        truth: (B, C, H, W) in [-1, 1].
+
+    Returns:
+        (B,), infinite for images that are the same.
+    """
+    error = (images.float().clamp(-1, 1) - truth).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / error)
+
+
 def mean_and_standard_error(values: torch.Tensor) -> tuple[float, float]:
     """The mean of independent values, (N,), and the standard error of that mean, s / sqrt(N).
 

@@ -55,7 +55,7 @@ def check_codes(codes: torch.Tensor, num_embeddings: int, channels: int, name: s
 
 
 def check_class_labels(class_labels: torch.Tensor | None, num_class_embeds: int | None, batch_size: int) -> None:
-    """Raises ValueError unless there is one label per image exactly if the model has classes.
+    """Raises ValueError unless there is one integer label per image exactly if the model has classes.
 
     Args:
         class_labels: Class ids, (B,), or None.
@@ -68,6 +68,9 @@ def check_class_labels(class_labels: torch.Tensor | None, num_class_embeds: int 
         return
     if class_labels is None:
         raise ValueError(f"the model has {num_class_embeds} classes and needs class_labels ({batch_size},), got None")
+    if not isinstance(class_labels, torch.Tensor) or class_labels.is_floating_point():
+        kind = class_labels.dtype if isinstance(class_labels, torch.Tensor) else type(class_labels).__name__
+        raise ValueError(f"class_labels must be a tensor of integers ({batch_size},), got {kind}")
     if class_labels.shape != (batch_size,):
         raise ValueError(f"class_labels must be ({batch_size},), got {tuple(class_labels.shape)}")
     if torch.compiler.is_compiling() or batch_size == 0:
@@ -75,6 +78,17 @@ def check_class_labels(class_labels: torch.Tensor | None, num_class_embeds: int 
     lowest, highest = class_labels.min().item(), class_labels.max().item()
     if lowest < 0 or highest >= num_class_embeds:
         raise ValueError(f"class_labels must be 0 .. {num_class_embeds - 1}, got {lowest} .. {highest}")
+
+
+def check_network(num_class_embeds: int | None, sample_size: int | tuple[int, int], dropout: float) -> None:
+    """Raises ValueError unless there are classes or None, an image has pixels, and dropout is in [0, 1)."""
+    if num_class_embeds is not None and num_class_embeds < 1:
+        raise ValueError(f"need num_class_embeds >= 1, or None for no classes, got {num_class_embeds}")
+    sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
+    if min(sides) < 1 or len(sides) > 2:
+        raise ValueError(f"sample_size must be a positive number or (height, width), got {sample_size}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 
 
 def check_sampling(temperature: float, top_k: int | None, num_embeddings: int) -> None:
@@ -112,10 +126,18 @@ def categorical_quantile(logits: torch.Tensor, uniform: torch.Tensor) -> torch.T
 
     Returns:
         (B,), int64.
+
+    Raises:
+        ValueError: If a row has no probabilities, because of NaN, of inf, or of -inf alone.
     """
-    cumulative = logits.softmax(dim=1).cumsum(dim=1)
-    reached = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]  # rounding may leave the sum of p beside 1
-    return torch.searchsorted(cumulative, reached, right=True).squeeze(1)
+    dtype = torch.promote_types(at_least_float32(logits).dtype, uniform.dtype)  # in less, u may be rounded to 1
+    p = logits.to(dtype).softmax(dim=1)
+    cumulative = torch.where(p > 0, p.cumsum(dim=1), 0)
+    total = cumulative.amax(dim=1, keepdim=True)  # 1 but for rounding
+    if not (total > 0).all():
+        raise ValueError("the network gives no probabilities: its logits are NaN, inf, or all -inf")
+    # argmax: of the first. A search would need sums in order, which those that are added in parallel need not be.
+    return (cumulative > uniform.to(p).unsqueeze(1) * total).int().argmax(dim=1)
 
 
 def image_uniforms(

@@ -54,13 +54,16 @@ from torch.nn.functional import cross_entropy
 from annealers.models.code_transformer import CodeTransformerModel
 from annealers.models.vqvae import VQVAEModel
 
+RESIDUAL_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}  # the default ones
+
 
 @dataclass
 class CodeFormerOutput(BaseOutput):
     """What the restorer returns.
 
     Args:
-        sample: x_hat, (B, C, H, W) in [-1, 1]; None if no fidelity weight was given.
+        sample: x_hat, (B, C, H, W) in [-1, 1], where the mean of a Gaussian may lie beyond; None if no fidelity
+            weight was given.
         indices: s_hat, (B, h, w).
         logits: log p(s | x_l) up to a constant of each position, (B, K, h, w).
         token: Cross-entropy of the codes, nats, (B,), in float32 at least; None without a target, as what follows.
@@ -109,6 +112,7 @@ class CodeFormerModel(ModelMixin, ConfigMixin):
 
     __module__ = "annealers"  # its public name
     _keep_in_fp32_modules = ["quantize"]  # noqa: RUF012 (Diffusers asks for a list)
+    _skip_layerwise_casting_patterns = ["row_embedding", "column_embedding"]  # noqa: RUF012 (as CodeTransformerModel)
 
     @register_to_config
     def __init__(
@@ -140,7 +144,8 @@ class CodeFormerModel(ModelMixin, ConfigMixin):
             causal=False,
             feature_channels=self.quant_conv.out_channels,
         )
-        if vqvae.down_block_types or vqvae.up_block_types or vqvae.norm_type != "group":
+        blocks = {*(vqvae.down_block_types or ()), *(vqvae.up_block_types or ())}
+        if not blocks <= RESIDUAL_BLOCKS or vqvae.norm_type != "group":
             raise ValueError(
                 "features are exchanged between residual blocks alone: need a VQ-VAE with the default block types and "
                 f"norm_type='group', got {vqvae.down_block_types}, {vqvae.up_block_types} and {vqvae.norm_type!r}"
@@ -216,7 +221,7 @@ class CodeFormerModel(ModelMixin, ConfigMixin):
         return self.quant_conv(h), features
 
     def decode(self, indices: torch.Tensor, features: list[torch.Tensor], fidelity_weight: float) -> torch.Tensor:
-        """x_hat of codes (B, h, w), with what F_e adds to them at each level; (B, C, H, W) in [-1, 1].
+        """x_hat of codes (B, h, w), with what F_e adds to them at each level; (B, C, H, W).
 
         With w = 0 it is `vqvae.decode_indices`, bit for bit. F_e is detached.
 

@@ -42,12 +42,13 @@ from annealers.models.autoregressive import (
     categorical_quantile,
     check_class_labels,
     check_codes,
+    check_network,
     check_sampling,
     given_pixels,
     image_uniforms,
     sharpened,
 )
-from annealers.models.pixel_likelihood import Generators
+from annealers.models.pixel_likelihood import Generators, at_least_float32
 
 INITIAL_STD = 0.02  # GPT-2's
 
@@ -145,6 +146,7 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
     __module__ = "annealers"  # its public name
 
     _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["row_embedding", "column_embedding", "channel_embedding"]  # added, not called
 
     @register_to_config
     def __init__(
@@ -163,6 +165,9 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check_transformer(num_embeddings, in_channels, hidden_size, num_layers, num_heads, mlp_ratio)
+        check_network(num_class_embeds, sample_size, dropout)
+        if feature_channels is not None and feature_channels < 1:
+            raise ValueError(f"need feature_channels >= 1, or None for no features, got {feature_channels}")
         if not causal and (num_class_embeds is not None or feature_channels is None or in_channels != 1):
             raise ValueError(
                 "with causal=False codes are read from features: need feature_channels, no classes and in_channels=1, "
@@ -230,13 +235,13 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
         codes = to_sequence(sample.long())  # (B, N)
         tokens = torch.cat([self._start(len(sample), class_labels), self.code_embedding(codes[:, :-1])], dim=1)
         hidden = self._blocks(tokens + self._places(len(sample), condition))
-        logits = self.head(hidden).float().mT.unflatten(2, (*self.code_shape[1:], -1)).movedim(4, 2)
+        logits = at_least_float32(self.head(hidden)).mT.unflatten(2, (*self.code_shape[1:], -1)).movedim(4, 2)
         nll = cross_entropy(logits, sample.long(), reduction="none").flatten(1).sum(dim=1)  # (B,)
         return AutoregressiveOutput(logits=logits, nll=nll) if return_dict else (logits, nll)
 
     @apply_forward_hook
     def forward_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits of the codes that features stand for, (B, feature_channels, h, w) -> (B, K, h, w), in float32.
+        """Logits, in at least float32, of the codes of features, (B, feature_channels, h, w) -> (B, K, h, w).
 
         Raises:
             ValueError: If the shape does not fit, or the model is a law of codes.
@@ -244,7 +249,7 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
         if self.config.causal:
             raise ValueError("this is a law of codes (causal=True): only one with causal=False reads features")
         hidden = self._blocks(self._places(len(features), features))  # (B, N, hidden)
-        return self.head(hidden).float().mT.unflatten(2, self.code_shape[1:])
+        return at_least_float32(self.head(hidden)).mT.unflatten(2, self.code_shape[1:])
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -325,7 +330,7 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
         """What stands before the first code, (B, 1, hidden)."""
         if class_labels is None:
             class_labels = torch.zeros(batch_size, dtype=torch.long, device=self.device)
-        return self.start(class_labels).unsqueeze(1)
+        return self.start(class_labels.to(self.device, torch.long)).unsqueeze(1)
 
     def _places(self, batch_size: int, features: torch.Tensor | None) -> torch.Tensor:
         """Positions, and features if there are any, of all places, (B or 1, N, hidden)."""

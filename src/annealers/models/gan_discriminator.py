@@ -5,7 +5,8 @@ r"""The discriminator of a generative adversarial network: a number for each ima
 
 The logits are unbounded; no sigmoid follows. There is no batch normalisation, so what is said of an image does not
 depend on the others. With `norm="spectral"` the weights are divided by their largest singular value, which a power
-iteration in each forward pass in training mode follows.
+iteration in each forward pass in training mode follows: so their weights follow more closely in a training step of
+several micro-batches, the one thing in which it differs from a step in one.
 
 Sources: Isola, Zhu, Zhou & Efros 2017, "Image-to-Image Translation with Conditional Adversarial Networks",
 arXiv:1611.07004, Sec. 3.2.2 and App. 6.1.2 (their last two convolutions are 4 x 4, which images of 8 x 8 are too small

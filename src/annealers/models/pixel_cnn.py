@@ -40,6 +40,7 @@ from annealers.models.autoregressive import (
     categorical_quantile,
     check_class_labels,
     check_codes,
+    check_network,
     check_sampling,
     given_pixels,
     image_uniforms,
@@ -117,6 +118,9 @@ class PixelCNNModel(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check_options(num_embeddings, in_channels, num_layers, kernel_size, first_kernel_size, layer_type, output)
+        check_network(num_class_embeds, sample_size, dropout)
+        if condition_channels is not None and condition_channels < 1:
+            raise ValueError(f"need condition_channels >= 1, or None for no condition, got {condition_channels}")
         groups = in_channels if output == "categorical" else 1  # what knows of each other inside a pixel, in order
         if channels < 1 or channels % groups != 0:
             raise ValueError(f"channels must be a multiple of in_channels={in_channels}, got {channels}")
@@ -215,7 +219,7 @@ class PixelCNNModel(ModelMixin, ConfigMixin):
             raise ValueError(f"condition must be {expected}, got {got}")
         of_class = of_condition = None
         if class_labels is not None and self.class_embedding is not None:
-            of_class = self.class_embedding(class_labels.to(self.device))[:, :, None, None]
+            of_class = self.class_embedding(class_labels.to(self.device, torch.long))[:, :, None, None]
         if condition is not None and self.condition_in is not None:
             of_condition = self.condition_in(condition.to(self.device, self.dtype))
         if of_class is None or of_condition is None:

@@ -122,7 +122,13 @@ class VectorQuantizer(nn.Module):
         Args:
             latents: z_e, (B, D, h, w).
             restart_priority: Numbers >= 0, (B, h, w), the highest of which restart unused codes; None draws them.
+
+        Raises:
+            ValueError: If the shape is another, or the priorities are not one for each latent.
         """
+        positions = (len(latents), *latents.shape[2:])
+        if restart_priority is not None and restart_priority.shape != positions:
+            raise ValueError(f"restart_priority must be {positions}, got {tuple(restart_priority.shape)}")
         with torch.autocast(latents.device.type, enabled=False):
             z_e = latents.movedim(1, -1).to(self.embedding.weight.dtype)  # (B, h, w, D)
             indices = self._nearest(z_e)
@@ -136,7 +142,11 @@ class VectorQuantizer(nn.Module):
         return Quantization(quantized.movedim(-1, 1).to(latents.dtype), indices, commitment, codebook)
 
     def indices(self, latents: torch.Tensor) -> torch.Tensor:
-        """k of latents (B, D, h, w), (B, h, w)."""
+        """k of latents (B, D, h, w), (B, h, w).
+
+        Raises:
+            ValueError: If the shape is another.
+        """
         with torch.autocast(latents.device.type, enabled=False):
             return self._nearest(latents.movedim(1, -1).to(self.embedding.weight.dtype))
 
@@ -146,17 +156,22 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: If they are not integers, or outside 0 .. K - 1.
         """
-        if indices.is_floating_point() or indices.ndim != 3:
+        if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 3:
             raise ValueError(f"codes are integers of shape (B, h, w), got {indices.dtype} {tuple(indices.shape)}")
         if not torch.compiler.is_compiling() and indices.numel() > 0:
             lowest, highest = (int(k) for k in indices.aminmax())
             if lowest < 0 or highest >= self.num_embeddings:
                 raise ValueError(f"codes lie in 0 .. {self.num_embeddings - 1}, got {lowest} .. {highest}")
-        return self.embedding(indices).movedim(-1, 1)
+        return self.embedding(indices.long()).movedim(-1, 1)
 
     @torch.no_grad()
     def _nearest(self, z_e: torch.Tensor) -> torch.Tensor:
-        distances = torch.cdist(z_e.flatten(0, -2), self.embedding.weight)  # (B h w, K)
+        if z_e.ndim != 4 or z_e.shape[-1] != self.dim:
+            got = tuple(z_e.movedim(-1, 1).shape)
+            raise ValueError(f"latents must be (B, {self.dim}, h, w) to be quantised, got {got}")
+        e = self.embedding.weight
+        middle = e.mean(dim=0)  # from there, or |z|^2 - 2 z e + |e|^2, as cdist has it, cancels far from the origin
+        distances = torch.cdist(z_e.flatten(0, -2) - middle, e - middle)  # (B h w, K)
         return distances.argmin(dim=1).view(z_e.shape[:-1])
 
     # ---- the moving average -----------------------------------------------------------------------------------------
