@@ -1226,7 +1226,7 @@ OURS_ALONE = {
 }
 COMPATIBLE = [
     each
-    for each in DDPMAncestralScheduler().compatibles
+    for each in sorted(DDPMAncestralScheduler().compatibles, key=lambda each: each.__name__)  # they are a set
     if each is not NeedsTorchsde and each.__module__ != "annealers"
 ]
 SHARED = {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "scaled_linear"}
