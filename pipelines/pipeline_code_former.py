@@ -72,6 +72,8 @@ class CodeFormerPipeline(AnnealersPipeline):
         """
         channels = self.code_former.in_channels
         check_output_type(output_type, channels)
+        if fidelity_weight is None:
+            raise ValueError("fidelity_weight must lie in [0, 1], got None: a pipeline decodes what it restores")
         sample = torch.cat([self._fitted(images) for images in image_tensors(image, channels)])  # of any sizes
         sample = sample.to(self._execution_device, self.code_former.dtype)
         restored = self.code_former(sample, fidelity_weight=fidelity_weight).sample

@@ -143,6 +143,8 @@ def test_images_that_do_not_fit_are_refused(pipeline, image, message):
 def test_other_arguments_that_do_not_fit_are_refused(pipeline):
     with pytest.raises(ValueError, match=r"fidelity_weight must lie in \[0, 1\], got 1.5"):
         pipeline(images_of(1, 1, 8, 8), fidelity_weight=1.5)
+    with pytest.raises(ValueError, match="fidelity_weight must lie in .* got None"):
+        pipeline(images_of(1, 1, 8, 8), fidelity_weight=None)
     with pytest.raises(ValueError, match="output_type must be one of .*, got 'jpg'"):
         pipeline(images_of(1, 1, 8, 8), output_type="jpg")
 

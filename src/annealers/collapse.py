@@ -136,7 +136,7 @@ def _layer_use(means: torch.Tensor, threshold: float) -> LayerUse:
 
 @torch.no_grad()
 def mutual_information(
-    mean: torch.Tensor, logvar: torch.Tensor, latents: torch.Tensor, chunk_size: int = 100
+    mean: torch.Tensor, logvar: torch.Tensor, latents: torch.Tensor, chunk_size: int = 10
 ) -> torch.Tensor:
     """Estimates I(x; z) in nats of one layer whose prior is the standard normal law, between images and latents.
 
