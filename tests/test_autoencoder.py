@@ -139,6 +139,12 @@ def test_with_a_generator_for_each_image_none_hears_of_the_others():
     assert torch.equal(model(images[1:2], generator=generators(6)).sample[0], together[1])
 
 
+def test_generators_that_are_not_one_for_each_image_are_refused():
+    model, images = seeing(model_of(**IDENTITY)), randn(3, 1, 8, 8)
+    with pytest.raises(ValueError, match="3.*2|2.*3"):
+        model(images, generator=generators(5, 6))
+
+
 def test_a_plain_autoencoder_adds_no_noise_and_takes_none():
     model, images = seeing(model_of(**{**IDENTITY, "noise_std": 0})), randn(2, 1, 8, 8)
     assert torch.equal(model.train()(images).sample, images)

@@ -11,7 +11,7 @@ What is saved is a pipeline that walks from images or from noise to the manifold
 `encode` and `decode`. `examples/few_labels.py` makes a classifier of the encoder.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch import nn
 
 from annealers import AutoencoderModel, DenoisingAutoencoderPipeline
 from annealers.configuration import RunConfig, option, parse_config
-from annealers.data import validation_batches
 from annealers.figures import sample_grid
 from annealers.losses import mean_flat
 from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
@@ -134,8 +133,7 @@ class AutoencoderTask(Task):
     def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:
         """Held-out images, with noise, and what is made of them; below, four moments of walks from noise."""
         columns, sigma = self.config.sample_columns, self.config.noise_std
-        data = self.data if self.data.validation is not None else replace(self.data, validation=self.data.train)
-        (batch,) = validation_batches(data, columns, max_samples=columns)
+        batch = self.shown_batch(columns)
         mine = list(my_share(len(batch["images"]), accelerator))
         pipeline = self.pipeline(accelerator.unwrap_model(objective)).to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)

@@ -23,8 +23,7 @@ The degradations by default suit images of 8 x 8 pixels; for 32 x 32 take `--blu
 Source: Zhou et al. 2022, arXiv:2206.11253, Sec. 3 and 4.1.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,24 +32,23 @@ from PIL import Image
 from torch import nn
 
 from annealers import CodeFormerModel, CodeFormerPipeline, GANDiscriminator, VQVAEPriorPipeline
-from annealers.adversarial import AdaptiveWeight, frozen, hinge_discriminator_loss, hinge_generator_loss
-from annealers.configuration import RunConfig, option, parse_config
-from annealers.data import ImageData, validation_batches
+from annealers.configuration import option, parse_config
+from annealers.data import ImageData
 from annealers.feature_loss import FeatureLoss
 from annealers.figures import sample_grid
 from annealers.image_degradations import DegradationRanges, degrade
 from annealers.losses import mean_flat
 from annealers.metrics import psnr
 from annealers.randomness import PositionalRandomness
-from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
-from annealers.training.train_vqvae import feature_network
+from annealers.run import Batch, Run, Terms, gathered_images, held_out_means, my_share
+from annealers.training.adversary import AdversarialObjective, AdversarialTask, AdversaryConfig
 
 FIDELITY_WEIGHTS = (0.0, 0.5, 1.0)  # of validation and pictures
 TRAINING_WEIGHT = 1.0  # of stage III; Zhou et al. 2022, Sec. 3.3
 
 
 @dataclass
-class CodeFormerConfig(RunConfig):
+class CodeFormerConfig(AdversaryConfig):
     """Options of a restorer; the defaults train one of 8 x 8 digits on a CPU."""
 
     output_dir: str = option("runs/codeformer", "Folder of the run: pipeline, samples, metrics, checkpoints.")
@@ -75,14 +73,9 @@ class CodeFormerConfig(RunConfig):
     distance_weight: float = option(1.0, "Weight of the squared distance of the latents to the codes' vectors.")
 
     feature_network: str | None = option(None, "Folder or Hub id of a pipeline of train_classifier.py; of stage 3.")
-    feature_weight: float = option(1.0, "Weight of the distance of images in its features.")
-
     adversarial_weight: float = option(
         0.0, "w, the weight of the adversary on top of the adaptive one, 0.8 in the paper; 0: none; of stage 3."
     )
-    adversarial_start: int = option(0, "Optimizer step from which on there is an adversary.")
-    discriminator_channels: list[int] = option([32, 64], "Channels of its levels, each of which halves the image.")
-    discriminator_norm: Literal["none", "group", "spectral"] = option("group", "Its normalisation.")
     discriminator_learning_rate: float = option(1e-3, "Its peak learning rate.")
 
     blur_sigma: list[float] = option([0.0, 0.8], "Range of the blur's width, in pixels.")
@@ -94,7 +87,7 @@ class CodeFormerConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("token_weight", "distance_weight", "feature_weight", "adversarial_weight", "adversarial_start"):
+        for name in ("token_weight", "distance_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.sample_columns < 1:
@@ -105,10 +98,6 @@ class CodeFormerConfig(RunConfig):
                 f"adversarial_weight are of stage 3, got {self.stage2}, {self.feature_network} and "
                 f"{self.adversarial_weight}"
             )
-        if self.compile and self.adversarial_weight > 0:
-            raise ValueError(
-                "the adaptive weight needs several gradients of one graph: no --compile with an adversary"
-            )
         self.ranges()  # raises for a range that makes no sense
 
     def ranges(self) -> DegradationRanges:
@@ -117,7 +106,7 @@ class CodeFormerConfig(RunConfig):
         )
 
 
-class CodeFormerObjective(nn.Module):
+class CodeFormerObjective(AdversarialObjective):
     """The losses of a restorer and of its adversary, one number per image."""
 
     def __init__(
@@ -127,10 +116,8 @@ class CodeFormerObjective(nn.Module):
         feature_loss: FeatureLoss | None = None,
         discriminator: GANDiscriminator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(feature_loss, config.feature_weight, discriminator)
         self.network, self.config = network, config
-        self.feature_loss, self.discriminator = feature_loss, discriminator
-        self.adaptive_weight = None if discriminator is None else AdaptiveWeight()
 
     def forward(self, images: torch.Tensor, degraded: torch.Tensor, adversarial_weight: float = 0.0) -> Terms:
         """Compares what becomes of bad images with the good ones, (B, C, H, W) in [-1, 1]; returns terms (B,).
@@ -152,22 +139,12 @@ class CodeFormerObjective(nn.Module):
         self, images: torch.Tensor, restored: torch.Tensor, adversarial_weight: float, terms: Terms
     ) -> torch.Tensor:
         """What stage III adds, (B,); its parts are noted among the terms."""
-        loss = terms["error"] = mean_flat((restored - images).abs())
-        if self.feature_loss is not None:
-            terms["features"] = self.feature_loss(restored, images)
-            loss = loss + self.config.feature_weight * terms["features"]
-        if self.discriminator is None:
-            return loss
-        generator = hinge_generator_loss(frozen(self.discriminator, restored).logits.float())
-        real, fake = (self.discriminator(x).logits.float() for x in (images, restored.detach()))
-        discriminator = hinge_discriminator_loss(real, fake)
-        self.adaptive_weight.observe(loss.mean(), generator.mean(), self.network.last_layer)
-        balance = self.adaptive_weight.value.clone()  # it is written to before the next step, maybe before backward
-        terms |= {"generator": generator, "discriminator": discriminator, "adaptive_weight": balance.expand(len(real))}
-        return loss + adversarial_weight * balance * generator + (adversarial_weight > 0) * discriminator
+        terms["error"] = mean_flat((restored - images).abs())
+        loss = self.with_features(terms["error"], images, restored, terms)
+        return loss + self.game(images, restored, loss, self.network.last_layer, adversarial_weight, terms)
 
 
-class CodeFormerTask(Task):
+class CodeFormerTask(AdversarialTask):
     """A restorer, whose VQ-VAE is there already."""
 
     config: CodeFormerConfig
@@ -183,11 +160,10 @@ class CodeFormerTask(Task):
             self.earlier = CodeFormerPipeline.from_pretrained(config.stage2).code_former
             self.vqvae = self.earlier.vqvae
         check_match(data, self.vqvae.config)
-        self.trained: CodeFormerObjective | None = None
 
     def build(self) -> CodeFormerObjective:
         """A new objective. The first one is that which is trained, and whose adaptive weight moves after each step."""
-        config, data = self.config, self.data
+        config = self.config
         if config.stage2 is not None:
             network = CodeFormerModel.from_config(self.earlier.config)
             network.load_state_dict(self.earlier.state_dict())
@@ -201,16 +177,7 @@ class CodeFormerTask(Task):
             )
             network.load_vqvae(self.vqvae)
         network.fusions.requires_grad_(config.stage == 3)
-        feature_loss = discriminator = None
-        if config.feature_network is not None:
-            feature_loss = FeatureLoss(feature_network(config.feature_network, data.channels))
-        if config.adversarial_weight > 0:
-            discriminator = GANDiscriminator(
-                in_channels=data.channels,
-                block_out_channels=tuple(config.discriminator_channels),
-                norm=config.discriminator_norm,
-            )
-        objective = CodeFormerObjective(network, config, feature_loss, discriminator)
+        objective = CodeFormerObjective(network, config, self.make_feature_loss(), self.make_discriminator())
         self.trained = self.trained or objective
         return objective
 
@@ -221,23 +188,11 @@ class CodeFormerTask(Task):
         groups = [{"name": "codes", "params": [p for part in codes for p in part.parameters()]}]
         if self.config.stage == 3:
             groups.append({"name": "fusion", "params": list(network.fusions.parameters())})
-        if objective.discriminator is not None:
-            parameters = list(objective.discriminator.parameters())
-            rate = self.config.discriminator_learning_rate
-            groups.append({"name": "discriminator", "params": parameters, "lr": rate})
-        return groups
+        return [*groups, *self.discriminator_group(objective)]
 
     def draws(self, batch: Batch) -> dict[str, Any]:
-        config = self.config
-        drawn = {"images": batch["images"], "degraded": self.degraded("training", batch)}
-        if config.adversarial_weight > 0:
-            begun = batch["first_position"] // config.batch_size >= config.adversarial_start
-            drawn["adversarial_weight"] = config.adversarial_weight if begun else 0.0
-        return drawn
-
-    def after_step(self, step: int, terms: list[Terms], accelerator: Accelerator) -> None:
-        if self.trained.adaptive_weight is not None:
-            self.trained.adaptive_weight.update(len(terms) * accelerator.num_processes)
+        degraded = self.degraded("training", batch)
+        return {"images": batch["images"], "degraded": degraded, **self.adversarial_draws(batch)}
 
     def degraded(self, stream: str, batch: Batch) -> torch.Tensor:
         """The bad images of a batch of good ones, as (seed, position) decides; (B, C, H, W)."""
@@ -277,12 +232,6 @@ class CodeFormerTask(Task):
 
     # ---- what is saved and drawn ------------------------------------------------------------------------------------
 
-    def before_saving(self, objective: nn.Module, accelerator: Accelerator) -> None:
-        """The discriminator is kept beside the pipeline, which has no use for it."""
-        discriminator = accelerator.unwrap_model(objective).discriminator
-        if discriminator is not None and accelerator.is_main_process:
-            discriminator.save_pretrained(Path(self.config.output_dir) / "discriminator")
-
     def pipeline(self, objective: CodeFormerObjective) -> CodeFormerPipeline:
         return CodeFormerPipeline(objective.network)
 
@@ -292,8 +241,7 @@ class CodeFormerTask(Task):
     def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:
         """A row of bad images, one for each fidelity weight, and the good ones."""
         network, columns = accelerator.unwrap_model(objective).network, self.config.sample_columns
-        data = self.data if self.data.validation is not None else replace(self.data, validation=self.data.train)
-        (batch,) = validation_batches(data, columns, max_samples=columns)
+        batch = self.shown_batch(columns)
         degraded = self.degraded("validation", batch)
         mine = list(my_share(len(degraded), accelerator))
         images, degraded = (x[mine].to(accelerator.device) for x in (batch["images"], degraded))

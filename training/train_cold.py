@@ -174,8 +174,7 @@ class ColdTask(ImageTask):
     def picture(self, objective: nn.Module, accelerator: Accelerator) -> Image.Image:
         """Images three quarters degraded, restored directly, naively and by the improved way, and as they were."""
         restoration, columns = accelerator.unwrap_model(objective), self.config.sample_columns
-        data = self.data if self.data.validation is not None else replace(self.data, validation=self.data.train)
-        (batch,) = validation_batches(data, columns, max_samples=columns)
+        batch = self.shown_batch(columns)
         mine = list(my_share(len(batch["images"]), accelerator))
         images = batch["images"][mine].to(accelerator.device)
         labels = None if self.null_label is None else batch["labels"][mine].to(accelerator.device)

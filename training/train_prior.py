@@ -33,7 +33,7 @@ from torch import nn
 
 from annealers import CodeTransformerModel, PixelCNNModel, PixelCNNPipeline, VQVAEPriorPipeline
 from annealers.configuration import RunConfig, option, parse_config
-from annealers.data import Binarization, ImageData, binarized_batch, validation_batches
+from annealers.data import Binarization, ImageData, binarized_batch
 from annealers.figures import sample_grid
 from annealers.models.pixel_likelihood import bits_per_dim, levels_to_values, values_to_levels
 from annealers.randomness import PositionalRandomness
@@ -264,8 +264,7 @@ class PixelTask(PriorTask):
 
     def completions(self, objective: nn.Module, accelerator: Accelerator) -> list[torch.Tensor]:
         """Held-out images, the same with the lower half black, and what the model makes of that, in [-1, 1]."""
-        count = self.config.sample_columns
-        batch = next(iter(validation_batches(self.data, count, max_samples=count)))
+        batch = self.shown_batch(self.config.sample_columns)
         originals, labels = self.seen(batch, accelerator.device)  # all of them, on every process
         known = torch.arange(self.data.resolution, device=accelerator.device) < self.data.resolution // 2
         known = known.unsqueeze(1).expand(-1, self.data.resolution)  # (H, W)
@@ -324,8 +323,7 @@ class CodeTask(PriorTask):
         """Samples; below them, if images are held out, a row of those and of their reconstructions."""
         images = [self.samples(objective, accelerator).clamp(-1, 1)]
         if self.data.validation is not None:
-            count = self.config.sample_columns
-            batch = next(iter(validation_batches(self.data, count, max_samples=count)))
+            batch = self.shown_batch(self.config.sample_columns)
             originals, _ = self.seen(batch, accelerator.device)
             pipeline = self.pipeline(accelerator.unwrap_model(objective)).to(accelerator.device)
             images += [originals.cpu(), pipeline.reconstruct(originals, output_type="latent").images.cpu()]

@@ -33,7 +33,7 @@ from torch import nn
 from annealers import HierarchicalVAEModel, VAEModel, VAEPipeline
 from annealers.collapse import LatentUse
 from annealers.configuration import option, parse_config
-from annealers.data import ImageData, ImageStream, PointRows, train_batches, validation_batches
+from annealers.data import ImageData, ImageStream, PointRows, train_batches
 from annealers.figures import sample_grid
 from annealers.models.hierarchical_vae import HierarchicalVAEOutput, free_bits
 from annealers.models.pixel_likelihood import bits_per_dim
@@ -298,10 +298,8 @@ class VAETask(Task):
 
     def reconstructions(self, pipeline: VAEPipeline, accelerator: Accelerator) -> torch.Tensor:
         """A row of images and one of what becomes of them, white where there are no more."""
-        data, columns = self.data, self.config.sample_columns
-        if data.validation is None:
-            data = dataclasses.replace(data, validation=data.train)
-        (batch,) = validation_batches(data, columns, max_samples=columns)
+        columns = self.config.sample_columns
+        batch = self.shown_batch(columns)
         seen, count = self.seen(batch, "validation"), len(batch["images"])
         mine = list(my_share(count, accelerator))
         images = pipeline.reconstruct(

@@ -19,10 +19,8 @@ Sources: see `annealers.models.vqvae`, `annealers.models.vector_quantizer`, `ann
 `annealers.adversarial`. VQ-GAN, Esser et al. 2021, arXiv:2012.09841, has |x - x^| for the first term.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -34,10 +32,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from annealers import GANDiscriminator, NoisyClassifierModel, VQVAEModel, VQVAEPriorPipeline
-from annealers.adversarial import AdaptiveWeight, frozen, hinge_discriminator_loss, hinge_generator_loss
+from annealers import GANDiscriminator, VQVAEModel, VQVAEPriorPipeline
 from annealers.configuration import option, parse_config
-from annealers.data import ImageData, PointRows, train_batches, validation_batches
+from annealers.data import ImageData, PointRows, train_batches
 from annealers.feature_loss import FeatureLoss
 from annealers.figures import sample_grid
 from annealers.metrics import psnr
@@ -45,14 +42,15 @@ from annealers.models.pixel_likelihood import bits_per_dim
 from annealers.models.vector_quantizer import perplexity
 from annealers.models.vqvae import code_counts
 from annealers.randomness import PositionalRandomness
-from annealers.run import Batch, Run, Task, Terms, gathered_images, held_out_means, my_share
+from annealers.run import Batch, Run, Terms, gathered_images, held_out_means, my_share
+from annealers.training.adversary import AdversarialObjective, AdversarialTask, AdversaryConfig
 from annealers.training.pixel_law import PixelLawConfig, levelled_images, spread_images
 
 KMEANS_ITERATIONS = 30
 
 
 @dataclass
-class VQVAEConfig(PixelLawConfig):
+class VQVAEConfig(AdversaryConfig, PixelLawConfig):
     """Options of a VQ-VAE; the defaults train one of 8 x 8 digits on a CPU."""
 
     output_dir: str = option("runs/vqvae", "Folder of the run: pipeline, samples, metrics, checkpoints.")
@@ -81,20 +79,11 @@ class VQVAEConfig(PixelLawConfig):
     kmeans_vectors: int = option(8192, "Latents whose k-means centres the codebook starts with; 0: at random.")
     beta: float = option(0.25, "Weight of the commitment.")
 
-    feature_network: str | None = option(None, "Folder or Hub id of a pipeline of train_classifier.py.")
-    feature_weight: float = option(1.0, "Weight of the distance in its features.")
-
-    adversarial_weight: float = option(0.0, "w, the weight of the adversary on top of the adaptive one; 0: none.")
-    adversarial_start: int = option(0, "Optimizer step from which on there is an adversary.")
-    discriminator_channels: list[int] = option([32, 64], "Channels of its levels, each of which halves the image.")
-    discriminator_norm: Literal["none", "group", "spectral"] = option("group", "Its normalisation.")
-    discriminator_learning_rate: float = option(2e-3, "Its peak learning rate.")
-
     sample_columns: int = option(10, "Images in the pictures.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kmeans_vectors", "beta", "feature_weight", "adversarial_weight", "adversarial_start"):
+        for name in ("kmeans_vectors", "beta"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.sample_columns < 1:
@@ -103,10 +92,6 @@ class VQVAEConfig(PixelLawConfig):
             raise ValueError(
                 f"k-means finds no more centres than there are latents: need kmeans_vectors >= num_vq_embeddings = "
                 f"{self.num_vq_embeddings}, or 0, got {self.kmeans_vectors}"
-            )
-        if self.compile and self.adversarial_weight > 0:
-            raise ValueError(
-                "the adaptive weight needs several gradients of one graph: no --compile with an adversary"
             )
 
     @property
@@ -117,7 +102,7 @@ class VQVAEConfig(PixelLawConfig):
         return {"decay": self.codebook_decay, "restart_threshold": self.restart_threshold}
 
 
-class VQVAEObjective(nn.Module):
+class VQVAEObjective(AdversarialObjective):
     """The losses of both players, each of which reaches the weights of its own alone."""
 
     def __init__(
@@ -127,10 +112,8 @@ class VQVAEObjective(nn.Module):
         feature_weight: float = 1.0,
         discriminator: GANDiscriminator | None = None,
     ) -> None:
-        super().__init__()
-        self.network, self.feature_loss, self.feature_weight = network, feature_loss, feature_weight
-        self.discriminator = discriminator
-        self.adaptive_weight = None if discriminator is None else AdaptiveWeight()
+        super().__init__(feature_loss, feature_weight, discriminator)
+        self.network = network
 
     def forward(
         self,
@@ -148,38 +131,17 @@ class VQVAEObjective(nn.Module):
             adversarial_weight: w in this step; 0 before the adversary's first.
         """
         output = self.network(seen, restart_priority)
-        reconstruction = output.nll / images[0].numel()
         terms = {"nll": output.nll, "commitment": output.commitment}
-        if self.feature_loss is not None:
-            terms["features"] = self.feature_loss(output.sample, images)
-            reconstruction = reconstruction + self.feature_weight * terms["features"]
+        reconstruction = self.with_features(output.nll / images[0].numel(), images, output.sample, terms)
         loss = reconstruction + self.network.config.beta * output.commitment
         if self.network.config.decay is None:
             loss, terms["codebook"] = loss + output.codebook, output.codebook
-        if self.discriminator is not None:
-            loss = loss + self.game(images, output.sample, reconstruction, adversarial_weight, terms)
+        last_layer = self.network.decoder.conv_out.weight
+        loss = loss + self.game(images, output.sample, reconstruction, last_layer, adversarial_weight, terms)
         return {"loss": loss, **terms}
 
-    def game(
-        self,
-        images: torch.Tensor,
-        reconstructed: torch.Tensor,
-        reconstruction: torch.Tensor,
-        adversarial_weight: float,
-        terms: Terms,
-    ) -> torch.Tensor:
-        """What the adversary adds to the loss, (B,); its parts are noted among the terms."""
-        generator = hinge_generator_loss(frozen(self.discriminator, reconstructed).logits.float())
-        real, fake = (self.discriminator(x).logits.float() for x in (images, reconstructed.detach()))
-        discriminator = hinge_discriminator_loss(real, fake)
-        last_layer = self.network.decoder.conv_out.weight
-        self.adaptive_weight.observe(reconstruction.mean(), generator.mean(), last_layer)
-        balance = self.adaptive_weight.value.clone()  # it is written to before the next step, maybe before backward
-        terms |= {"generator": generator, "discriminator": discriminator, "adaptive_weight": balance.expand(len(real))}
-        return adversarial_weight * balance * generator + (adversarial_weight > 0) * discriminator
 
-
-class VQVAETask(Task):
+class VQVAETask(AdversarialTask):
     """A VQ-VAE that becomes a `VQVAEPriorPipeline` without a prior."""
 
     config: VQVAEConfig
@@ -190,7 +152,6 @@ class VQVAETask(Task):
         super().__init__(config, data, randomness)
         if isinstance(data.train, PointRows):
             raise ValueError(f"an autoencoder is of images, got the points of {config.dataset!r}")
-        self.trained: VQVAEObjective | None = None
 
     def build(self) -> VQVAEObjective:
         """A new objective. The first one is that which is trained, and whose codebook moves after each step."""
@@ -208,17 +169,8 @@ class VQVAETask(Task):
             **config.quantizer,
             **config.law,
         )
-        feature_loss = discriminator = None
-        if config.feature_network is not None:
-            feature_loss = FeatureLoss(feature_network(config.feature_network, data.channels))
-        if config.adversarial_weight > 0:
-            discriminator = GANDiscriminator(
-                in_channels=data.channels,
-                block_out_channels=tuple(config.discriminator_channels),
-                norm=config.discriminator_norm,
-                norm_num_groups=config.norm_groups,
-            )
-        objective = VQVAEObjective(network, feature_loss, config.feature_weight, discriminator)
+        discriminator = self.make_discriminator(norm_num_groups=config.norm_groups)
+        objective = VQVAEObjective(network, self.make_feature_loss(), config.feature_weight, discriminator)
         self.trained = self.trained or objective
         return objective
 
@@ -226,25 +178,18 @@ class VQVAETask(Task):
         autoencoder = {"params": list(objective.network.parameters())}
         if objective.discriminator is None:
             return [autoencoder]
-        discriminator = {
-            "params": list(objective.discriminator.parameters()),
-            "lr": self.config.discriminator_learning_rate,
-        }
-        return [autoencoder | {"name": "autoencoder"}, discriminator | {"name": "discriminator"}]
+        return [autoencoder | {"name": "autoencoder"}, *self.discriminator_group(objective)]
 
     def draws(self, batch: Batch) -> dict[str, Any]:
         config, first, count = self.config, batch["first_position"], len(batch["images"])
         images = levelled_images(batch, config, self.randomness, "train")
         priority = self.randomness.uniform("restart", first, count, self.trained.network.latent_size)
-        drawn = {
+        return {
             "images": images,
             "seen": spread_images(images, first, config, self.randomness, "train"),
             "restart_priority": priority.float(),
+            **self.adversarial_draws(batch),
         }
-        if config.adversarial_weight > 0:
-            begun = first // config.batch_size >= config.adversarial_start
-            drawn["adversarial_weight"] = config.adversarial_weight if begun else 0.0
-        return drawn
 
     # ---- the codebook -----------------------------------------------------------------------------------------------
 
@@ -272,9 +217,8 @@ class VQVAETask(Task):
         return torch.cat(latents)[: config.kmeans_vectors]
 
     def after_step(self, step: int, terms: list[Terms], accelerator: Accelerator) -> None:
+        super().after_step(step, terms, accelerator)
         self.trained.network.update_codebook()
-        if self.trained.adaptive_weight is not None:
-            self.trained.adaptive_weight.update(len(terms) * accelerator.num_processes)
 
     # ---- validation -------------------------------------------------------------------------------------------------
 
@@ -312,19 +256,7 @@ class VQVAETask(Task):
         values = held_out_means(self.shown_data, self.config, accelerator, terms_of)
         return values, accelerator.reduce(counts, reduction="sum").cpu()
 
-    @property
-    def shown_data(self) -> ImageData:
-        """The data with held-out rows, which are those of training if none are held out."""
-        data = self.data
-        return dataclasses.replace(data, validation=data.train) if data.validation is None else data
-
     # ---- what is saved and drawn ------------------------------------------------------------------------------------
-
-    def before_saving(self, objective: nn.Module, accelerator: Accelerator) -> None:
-        """The discriminator is kept beside the pipeline, which has no use for it."""
-        discriminator = accelerator.unwrap_model(objective).discriminator
-        if discriminator is not None and accelerator.is_main_process:
-            discriminator.save_pretrained(Path(self.config.output_dir) / "discriminator")
 
     def pipeline(self, objective: VQVAEObjective) -> VQVAEPriorPipeline:
         return VQVAEPriorPipeline(objective.network)
@@ -341,9 +273,7 @@ class VQVAETask(Task):
         """Held-out images above their reconstructions, and below how often each code is used."""
         network = accelerator.unwrap_model(objective).network
         _, counts = self.measure(network, accelerator)
-        (batch,) = validation_batches(
-            self.shown_data, self.config.sample_columns, max_samples=self.config.sample_columns
-        )
+        batch = self.shown_batch(self.config.sample_columns)
         images = levelled_images(batch, self.config, self.randomness, "validation")
         mine = list(my_share(len(images), accelerator))
         decoded = network.decode_indices(network.encode(images[mine].to(accelerator.device)).indices).sample
@@ -354,24 +284,6 @@ class VQVAETask(Task):
         picture.paste(grid, (0, 0))
         picture.paste(chart, (0, grid.height))
         return picture
-
-
-def feature_network(name: str, channels: int) -> NoisyClassifierModel:
-    """The classifier in a pipeline.
-
-    Raises:
-        OSError: If there is none.
-        ValueError: If it is of images with another number of channels.
-    """
-    try:
-        classifier = NoisyClassifierModel.from_pretrained(name, subfolder="classifier")
-    except OSError as error:
-        raise OSError(f"found no classifier in {name!r}: name the pipeline of a run of train_classifier.py") from error
-    if classifier.config.in_channels != channels:
-        raise ValueError(
-            f"the images have {channels} channels, those of the classifier in {name!r} {classifier.config.in_channels}"
-        )
-    return classifier
 
 
 def kmeans_centres(vectors: torch.Tensor, count: int, seed: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig, data: ImageData, randomness: PositionalRandomness) -> None:
         self.config, self.data, self.randomness = config, data, randomness
+
+    @property
+    def shown_data(self) -> ImageData:
+        """The data with held-out rows, which are those of training if none are held out."""
+        return self.data if self.data.validation is not None else replace(self.data, validation=self.data.train)
+
+    def shown_batch(self, count: int) -> Batch:
+        """At most `count` images for a picture, the same each time and on every process."""
+        (batch,) = validation_batches(self.shown_data, count, max_samples=count)
+        return batch
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -34,12 +34,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from annealers.models.convolutional import ConvolutionalDecoder, ConvolutionalEncoder, feature_size
-
-Generators = torch.Generator | list[torch.Generator]
+from annealers.models.pixel_likelihood import Generators, normal_numbers
 
 
 @dataclass
@@ -235,7 +233,7 @@ class AutoencoderModel(ModelMixin, ConfigMixin):
                 raise ValueError("noise was given to a plain autoencoder, noise_std=0")
             return sample
         if noise is None:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            noise = normal_numbers(sample.shape, generator, sample.device, sample.dtype)
         if noise.shape != sample.shape:
             raise ValueError(f"noise must have the shape {tuple(sample.shape)} of sample, got {tuple(noise.shape)}")
         return sample + sigma * noise

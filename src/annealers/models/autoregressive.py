@@ -19,10 +19,13 @@ its own generator alone: not of its batch mates, nor of what is computed for the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils import BaseOutput
+from torch import nn
 
 from annealers.models.pixel_likelihood import Generators, at_least_float32, uniform_like
 
@@ -97,6 +100,17 @@ def check_sampling(temperature: float, top_k: int | None, num_embeddings: int) -
         raise ValueError(f"need a finite temperature > 0, got {temperature}")
     if top_k is not None and not 1 <= top_k <= num_embeddings:
         raise ValueError(f"need top_k in 1 .. {num_embeddings}, or None for all, got {top_k}")
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout; then as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def sharpened(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:

@@ -46,6 +46,7 @@ from annealers.models.autoregressive import (
     check_sampling,
     given_pixels,
     image_uniforms,
+    in_evaluation_mode,
     sharpened,
 )
 from annealers.models.pixel_likelihood import Generators, at_least_float32
@@ -299,9 +300,7 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
         places = self._places(batch_size, condition)  # (B or 1, N, hidden)
         caches = self._caches(batch_size, start) if use_cache else None
 
-        was_training = self.training
-        self.eval()
-        try:
+        with in_evaluation_mode(self):
             rows = range(self.code_shape[1])
             in_row = codes.shape[1] // len(rows)
             for row in rows if progress_bar is None else progress_bar(rows):
@@ -315,8 +314,6 @@ class CodeTransformerModel(ModelMixin, ConfigMixin):
                     logits = self.head(hidden[:, -1])  # (B, K)
                     drawn = categorical_quantile(sharpened(logits, temperature, top_k), uniform[:, i])
                     codes[:, i] = torch.where(kept[:, i], codes[:, i], drawn)
-        finally:
-            self.train(was_training)
         return from_sequence(codes, self.code_shape)
 
     def _caches(self, batch_size: int, like: torch.Tensor) -> list[KeyValueCache]:

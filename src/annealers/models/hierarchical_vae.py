@@ -61,6 +61,7 @@ from annealers.models.convolutional import (
     feature_size,
     with_class_planes,
 )
+from annealers.models.importance_weighting import importance_weighted_bound
 from annealers.models.pixel_likelihood import (
     Generators,
     PixelLikelihood,
@@ -400,12 +401,9 @@ class HierarchicalVAEModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If a number is below one, or see `forward`.
         """
-        if num_samples < 1 or chunk_size < 1:
-            raise ValueError(f"need num_samples and chunk_size >= 1, got {num_samples} and {chunk_size}")
         posterior, features = self.go_up(x, class_labels)
-        log_weights = []  # (c, B) each
-        for start in range(0, num_samples, chunk_size):
-            c = min(chunk_size, num_samples - start)
+
+        def log_weights(c: int) -> torch.Tensor:
             # One draw at a time: what they are does not depend on the size of the chunks.
             noise = torch.cat([self._noise(len(x), generator, posterior.mean.dtype) for _ in range(c)])
             parameters, drawn = self.go_down(
@@ -418,8 +416,9 @@ class HierarchicalVAEModel(ModelMixin, ConfigMixin):
                 log_weight = self.likelihood.log_prob(parameters, x.repeat(c, 1, 1, 1))
                 for one in drawn:
                     log_weight = log_weight + one.posterior.nll(one.latents) - one.prior.nll(one.latents)
-            log_weights.append(log_weight.unflatten(0, (c, -1)))
-        return torch.cat(log_weights).logsumexp(dim=0) - math.log(num_samples)
+            return log_weight.unflatten(0, (c, -1))
+
+        return importance_weighted_bound(log_weights, num_samples, chunk_size)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 

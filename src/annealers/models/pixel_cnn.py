@@ -44,6 +44,7 @@ from annealers.models.autoregressive import (
     check_sampling,
     given_pixels,
     image_uniforms,
+    in_evaluation_mode,
     sharpened,
 )
 from annealers.models.masked_convolution import MaskedConv2d
@@ -290,9 +291,7 @@ class PixelCNNModel(ModelMixin, ConfigMixin):
         uniform = image_uniforms(batch_size, (numbers, height, width), generator, self.device, self.dtype)
         cache = self._cache(context, batch_size, (height, width)) if use_cache else None
 
-        was_training = self.training
-        self.eval()
-        try:
+        with in_evaluation_mode(self):
             for row in range(height) if progress_bar is None else progress_bar(range(height)):
                 if cache is not None:
                     cache.start_row()
@@ -310,8 +309,6 @@ class PixelCNNModel(ModelMixin, ConfigMixin):
                         place.copy_(torch.where(keep, place, drawn))
                     if cache is not None:
                         cache.write(column, self.embed(pixel[:, :, None, None]).flatten(1))
-        finally:
-            self.train(was_training)
         return codes
 
     def _cache(self, context: torch.Tensor | None, batch_size: int, size: tuple[int, int]) -> GatedCache | MaskedCache:

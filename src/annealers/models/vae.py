@@ -27,7 +27,6 @@ Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752, so i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,6 +48,7 @@ from annealers.models.convolutional import (
     reduction_factor,
     with_class_planes,
 )
+from annealers.models.importance_weighting import importance_weighted_bound
 from annealers.models.pixel_likelihood import (
     Generators,
     PixelLikelihood,
@@ -331,13 +331,10 @@ class VAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: If a number is below one, or see `forward`.
         """
-        if num_samples < 1 or chunk_size < 1:
-            raise ValueError(f"need num_samples and chunk_size >= 1, got {num_samples} and {chunk_size}")
         posterior = DiagonalGaussianDistribution(at_least_float32(self.moments(x, class_labels)))
         shape, device, dtype = posterior.mean.shape, posterior.mean.device, posterior.mean.dtype
-        log_weights = []  # (c, B) each
-        for first in range(0, num_samples, chunk_size):
-            c = min(chunk_size, num_samples - first)
+
+        def log_weights(c: int) -> torch.Tensor:
             # One draw at a time: what they are does not depend on the size of the chunks.
             eps = torch.stack([normal_numbers(shape, generator, device, dtype) for _ in range(c)])  # (c, B, C_z, h, w)
             z = posterior.mean + posterior.std * eps
@@ -346,8 +343,9 @@ class VAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             with torch.autocast(x.device.type, enabled=False):
                 log_likelihood = self.likelihood.log_prob(parameters, x.repeat(c, 1, 1, 1)).unflatten(0, (c, -1))
                 log_prior_over_posterior = (0.5 * (eps**2 - z**2 + posterior.logvar)).flatten(2).sum(dim=2)
-            log_weights.append(log_likelihood + log_prior_over_posterior)
-        return torch.cat(log_weights).logsumexp(dim=0) - math.log(num_samples)
+            return log_likelihood + log_prior_over_posterior
+
+        return importance_weighted_bound(log_weights, num_samples, chunk_size)
 
     # ---- labels, shapes, tiles --------------------------------------------------------------------------------------
 
