@@ -112,8 +112,8 @@ def test_each_group_of_parameters_is_clipped_on_its_own(tmp_path, calls):
 class PlainDescent(Run):
     """Gradient descent instead of AdamW, so that the length of a step is that of the clipped gradient."""
 
-    def _optimizer(self, objective):
-        return torch.optim.SGD(self.task.parameter_groups(objective), lr=self.config.learning_rate)
+    def _optimizer(self, groups, learning_rate):
+        return torch.optim.SGD(groups, lr=learning_rate)
 
 
 def test_one_player_does_not_shorten_the_steps_of_another_and_has_a_rate_of_its_own(tmp_path, calls):

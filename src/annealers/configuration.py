@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from annealers.data.config import DataConfig, option
 
 Config = TypeVar("Config", bound=DataConfig)
+LearningRateShape = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
 
 # A resumed run may change these; anything else would make it another run.
 FREE_ON_RESUME = frozenset(
@@ -49,9 +50,7 @@ class RunConfig(DataConfig):
     batch_size: int = option(128, "Images per optimizer step, over all processes and accumulation steps.")
     gradient_accumulation_steps: int = option(1, "Micro-batches that an optimizer step is split into.")
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = option(
-        "cosine", "Shape of the learning rate over the optimizer steps."
-    )
+    lr_scheduler: LearningRateShape = option("cosine", "Shape of the learning rate over the optimizer steps.")
     lr_warmup_steps: int = option(0, "Optimizer steps of linear warm-up.")
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment.")
     adam_beta2: float = option(0.99, "AdamW's decay of the second moment.")

@@ -15,6 +15,7 @@ processes and any accumulation train the same weights, and a resumed run continu
 """
 
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import ProjectConfiguration, gather_object, is_wandb_available
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -138,6 +140,8 @@ class Run:
         task_class: The script's `Task`.
     """
 
+    losses: tuple[str, ...] = ("loss",)  # beside the progress bar
+
     def __init__(self, config: RunConfig, task_class: type[Task]) -> None:
         self.config = config
         self.folder = Path(config.output_dir)
@@ -163,24 +167,23 @@ class Run:
         """Trains, validates, draws and saves; returns the folder of the pipeline."""
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(config.seed)  # the initial weights
-        objective = self.task.build()
-        if config.channels_last:
-            objective = objective.to(memory_format=torch.channels_last)
-        if config.compile:
-            objective.network.compile()
-        objective, optimizer = accelerator.prepare(objective, self._optimizer(objective))
+        optimizers = self._prepare()
+        objective = self.objective
         ema = EMA(objective, decay=config.ema_decay, warmup=config.ema_warmup)
         first_step = self._resume(ema)
         if first_step == 0:
             self.task.before_first_step(objective, accelerator)
             ema = EMA(objective, decay=config.ema_decay, warmup=config.ema_warmup)
-        lr_scheduler = get_scheduler(
-            config.lr_scheduler,
-            optimizer.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_steps,
-            last_epoch=first_step - 1,
-        )
+        lr_schedulers = [
+            get_scheduler(
+                config.lr_scheduler,
+                optimizer.optimizer,
+                num_warmup_steps=config.lr_warmup_steps,
+                num_training_steps=config.max_steps,
+                last_epoch=first_step - 1,
+            )
+            for optimizer in optimizers
+        ]
         self._start_logs(first_step)
 
         batches = self._batches(first_step)
@@ -191,22 +194,9 @@ class Run:
         objective.train()
         for step in bar:
             torch.manual_seed(self.randomness.step_seed(step, accelerator.process_index))  # what dropout draws from
-            step_terms: list[Terms] = []
-            for _ in range(config.gradient_accumulation_steps):
-                batch = next(batches)
-                draws = self._to_device(self.task.draws(batch))
-                with accelerator.accumulate(objective):
-                    terms = objective(**draws)
-                    accelerator.backward(terms["loss"].mean())
-                    if accelerator.sync_gradients and config.max_grad_norm > 0:
-                        self._clip(optimizer, meter)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                guard.watch(step, batch["rows"], terms["loss"])
-                step_terms.append({name: term.detach() for name, term in terms.items()})
-                for name, term in step_terms[-1].items():
-                    meter.add(name, term.mean())
-            lr_scheduler.step()
+            step_terms = self._take_step(step, batches, optimizers, meter, guard)
+            for lr_scheduler in lr_schedulers:
+                lr_scheduler.step()
             self.task.after_step(step, step_terms, accelerator)
             ema.update()
 
@@ -215,8 +205,10 @@ class Run:
             if is_due(done, config.log_every, last):
                 guard.check()
                 values = meter.means()
-                self._log(done, {**values, "learning_rate": lr_scheduler.get_last_lr()[0], "seconds": self.seconds})
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                self._log(
+                    done, {**values, "learning_rate": lr_schedulers[0].get_last_lr()[0], "seconds": self.seconds}
+                )
+                bar.set_postfix({name: f"{values[name]:.4f}" for name in self.losses})
             if self.data.validation is not None and is_due(done, config.validate_every, last):
                 guard.check()
                 with evaluating(objective, ema):
@@ -240,20 +232,59 @@ class Run:
         accelerator.end_training()
         return pipeline_folder
 
-    def _optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
+    def _prepare(self) -> list[AcceleratedOptimizer]:
+        """Builds what is trained and averaged, `self.objective`; returns the optimizers of a step."""
+        objective = self._laid_out(self.task.build())
+        if self.config.compile:
+            objective.network.compile()
+        optimizer = self._optimizer(self.task.parameter_groups(objective), self.config.learning_rate)
+        self.objective, optimizer = self.accelerator.prepare(objective, optimizer)
+        return [optimizer]
+
+    def _take_step(
+        self,
+        step: int,
+        batches: Iterator[Batch],
+        optimizers: list[AcceleratedOptimizer],
+        meter: "Meter",
+        guard: "FiniteGuard",
+    ) -> list[Terms]:
+        """One optimizer step; returns the detached terms of each of this process's micro-batches."""
+        accelerator, objective, (optimizer,) = self.accelerator, self.objective, optimizers
+        step_terms: list[Terms] = []
+        for _ in range(self.config.gradient_accumulation_steps):
+            batch = next(batches)
+            draws = self._to_device(self.task.draws(batch))
+            with accelerator.accumulate(objective):
+                terms = objective(**draws)
+                accelerator.backward(terms["loss"].mean())
+                if accelerator.sync_gradients and self.config.max_grad_norm > 0:
+                    self._clip(optimizer, meter)
+                optimizer.step()
+                optimizer.zero_grad()
+            guard.watch(step, batch["rows"], terms["loss"])
+            step_terms.append({name: term.detach() for name, term in terms.items()})
+            for name, term in step_terms[-1].items():
+                meter.add(name, term.mean())
+        return step_terms
+
+    def _laid_out(self, objective: nn.Module) -> nn.Module:
+        return objective.to(memory_format=torch.channels_last) if self.config.channels_last else objective
+
+    def _optimizer(self, groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(
-            self.task.parameter_groups(objective),
-            lr=config.learning_rate,
+            groups,
+            lr=learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
 
-    def _clip(self, optimizer: torch.optim.Optimizer, meter: "Meter") -> None:
-        self.accelerator.unscale_gradients()  # once: a gradient scaler refuses a second time
+    def _clip(self, optimizer: AcceleratedOptimizer, meter: "Meter") -> None:
+        self.accelerator.unscale_gradients(optimizer)  # once: a gradient scaler refuses a second time
         for group in optimizer.param_groups:
-            norm = nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm or math.inf)
             meter.add(f"grad_norm_{group['name']}" if "name" in group else "grad_norm", norm)
 
     def _batches(self, first_step: int) -> Iterator[Batch]:
@@ -266,10 +297,15 @@ class Run:
             accumulation=self.config.gradient_accumulation_steps,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            first_step=first_step,
-            last_step=self.config.max_steps,
+            first_step=first_step * self._batches_per_step,
+            last_step=self.config.max_steps * self._batches_per_step,
         )
         return iter(batches)
+
+    @property
+    def _batches_per_step(self) -> int:
+        """Batches of `batch_size` images that a step takes."""
+        return 1
 
     def _to_device(self, draws: dict[str, Any]) -> dict[str, Any]:
         moved = {
