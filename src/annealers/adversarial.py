@@ -1,7 +1,5 @@
-r"""Adversarial losses, and how much of them an autoencoder gets.
+r"""How much of an adversarial loss an autoencoder gets, and who learns from what; the losses are in `gan_losses`.
 
-    discriminator    relu(1 - D(x)) + relu(1 + D(x^))                  hinge, averaged over the patches of an image
-    generator        -D(x^)
     autoencoder      L_rec + w lambda L_generator,     lambda = |grad_W L_rec| / (|grad_W L_generator| + 1e-4)
 
 W being the weight of the decoder's last layer, and lambda in [0, 1e4] without gradient: so both losses move W alike.
@@ -12,8 +10,8 @@ discriminator with detached weights (`frozen`), the discriminator's sees detache
 `AdaptiveWeight` measures lambda on a whole optimizer step, over micro-batches and processes, and applies it in the
 next one. So a run does not depend on how its steps are split; published code takes lambda of each process's own batch.
 
-Sources: Lim & Ye 2017, "Geometric GAN", arXiv:1705.02894 (hinge); Esser, Rombach & Ommer 2021, "Taming Transformers
-for High-Resolution Image Synthesis", arXiv:2012.09841, Eq. 7 (its delta is 1e-6 and in their code 1e-4).
+Source: Esser, Rombach & Ommer 2021, "Taming Transformers for High-Resolution Image Synthesis", arXiv:2012.09841, Eq. 7
+(its delta is 1e-6 and in their code 1e-4).
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import relu
 
 from annealers.models.vector_quantizer import everywhere_sum
 
@@ -31,20 +28,14 @@ LARGEST_WEIGHT = 1e4
 SMALLEST_NORM = 1e-4
 
 
-def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """relu(1 - D(x)) + relu(1 + D(x^)), (B, *) and (B, *) -> (B,)."""
-    return relu(1 - real_logits).flatten(1).mean(dim=1) + relu(1 + fake_logits).flatten(1).mean(dim=1)
-
-
-def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """-D(x^), (B, *) -> (B,)."""
-    return -fake_logits.flatten(1).mean(dim=1)
-
-
 def frozen(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls a module with detached parameters: a gradient goes through it, to its arguments, and not to it."""
+    """Calls a module with detached parameters and copies of its buffers.
+
+    A gradient goes through it, to its arguments, and not to it; and its statistics of batches stay as they are.
+    """
     detached = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    return functional_call(module, detached, args, kwargs)
+    copied = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return functional_call(module, detached | copied, args, kwargs)
 
 
 def last_layer_gradient(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
