@@ -1,4 +1,4 @@
-"""Runs Diffusers' own tests of models on the autoencoders and the autoregressive models of annealers.
+"""Runs Diffusers' own tests of models on the autoencoders, the autoregressive models and the GANs of annealers.
 
     git clone --depth 1 https://github.com/huggingface/diffusers DIFFUSERS
     python benchmarks/diffusers_model_tests.py DIFFUSERS
@@ -19,6 +19,8 @@ from annealers import (
     AutoencoderModel,
     CodeFormerModel,
     CodeTransformerModel,
+    GANDiscriminator,
+    GANGenerator,
     HierarchicalVAEModel,
     PixelCNNModel,
     VAEModel,
@@ -127,6 +129,53 @@ if __name__ != "__main__":
         model_class = CodeTransformerModel
         options = {"hidden_size": 32, "num_layers": 2}
         checkpointed = {"CodeTransformerModel"}
+
+    class OfGAN(OnImages):
+        """Both players, given class and text: the generator makes what the discriminator judges."""
+
+        def get_init_dict(self):
+            conditions = {"num_class_embeds": 4, "text_embed_dim": 8}
+            network = {"sample_size": 32, "block_out_channels": (16, 32), "norm": "group", "norm_num_groups": 8}
+            return network | conditions | self.options
+
+        def texts(self):
+            return torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).to(torch_device)
+
+    class TestGANGenerator(OfGAN, AnyModel):
+        model_class = GANGenerator
+        main_input_name = "latents"
+        options = {"out_channels": 3, "latent_dim": 16, "arch": "dcgan"}
+
+        def get_dummy_inputs(self):
+            latents = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(torch_device)
+            labels = torch.arange(4, device=torch_device)
+            return {"latents": latents, "class_labels": labels, "encoder_hidden_states": self.texts()}
+
+    class TestGANGeneratorResNet(TestGANGenerator):
+        options = TestGANGenerator.options | {"arch": "resnet", "norm": "batch"}
+
+    class TestGANDiscriminator(OfGAN, AnyModel):
+        model_class = GANDiscriminator
+        output_shape = (1,)
+        options = {"in_channels": 3, "arch": "dcgan"}
+
+        def more_inputs(self):
+            return {"class_labels": torch.arange(4, device=torch_device), "text_embeds": self.texts()}
+
+    class TestGANDiscriminatorResNet(TestGANDiscriminator):
+        options = TestGANDiscriminator.options | {"arch": "resnet", "norm": "spectral"}
+
+        @pytest.mark.skip(
+            "Each use of a weight computes its spectral norm, which numbers of 8 bits have no division for."
+        )
+        def test_layerwise_casting_memory(self):
+            pass
+
+        @pytest.mark.skip(
+            "Each use of a weight computes its spectral norm, which numbers of 8 bits have no division for."
+        )
+        def test_layerwise_casting_training(self):
+            pass
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from annealers.pipelines.annealers_pipeline import AnnealersPipeline
 from annealers.pipelines.corrector_guidance import CorrectorGuidanceCallback
 from annealers.pipelines.pipeline_code_former import CodeFormerPipeline
 from annealers.pipelines.pipeline_denoising_autoencoder import DenoisingAutoencoderPipeline
+from annealers.pipelines.pipeline_gan import GANPipeline, GANPipelineOutput
 from annealers.pipelines.pipeline_guided_diffusion import (
     GuidedDiffusionPipeline,
     GuidedDiffusionPipelineOutput,
@@ -22,6 +23,8 @@ __all__ = [
     "CodeFormerPipeline",
     "CorrectorGuidanceCallback",
     "DenoisingAutoencoderPipeline",
+    "GANPipeline",
+    "GANPipelineOutput",
     "GuidedDiffusionPipeline",
     "GuidedDiffusionPipelineOutput",
     "PixelCNNPipeline",

@@ -1,4 +1,4 @@
-"""The base of the annealers pipelines: what loading and pushing mean for all of them.
+"""The base of the annealers pipelines: what constructing, loading and pushing mean for all of them.
 
 Diffusers 0.42 refuses a component of another library when a pipeline is named by its Hub id, whether or not that
 library is imported. A repository is therefore brought to this machine first and then loaded as a folder.
@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
@@ -31,6 +32,25 @@ class AnnealersPipeline(DiffusionPipeline):
     """
 
     __module__ = "annealers"  # its public name
+
+    id2label: dict[int, str] | None  # of a pipeline whose classes may have names
+
+    def __init__(self, **components: Any) -> None:
+        """Registers the components by the names of a subclass's arguments; an absent optional one is None."""
+        super().__init__()
+        self.register_modules(**components)
+        self.image_processor = VaeImageProcessor()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Diffusers 0.42 would leave out of `save_pretrained` what is set where there was none before."""
+        super().__setattr__(name, value)
+        if name in self._optional_components and value is not None and self.config[name][0] is None:
+            self.register_modules(**{name: value})
+
+    def _register_class_names(self, id2label: dict[int, str] | None) -> None:
+        """Keeps and saves the name of each class id."""
+        self.id2label = id2label
+        self.register_to_config(id2label=id2label)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:

@@ -13,7 +13,6 @@ arXiv:2206.11253; the formulas are in `annealers.models.code_former`.
 
 import torch
 from diffusers import ModelMixin
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch.nn.functional import interpolate
 
@@ -43,9 +42,7 @@ class CodeFormerPipeline(AnnealersPipeline):
     model_cpu_offload_seq = "code_former"
 
     def __init__(self, code_former: ModelMixin) -> None:
-        super().__init__()
-        self.register_modules(code_former=code_former)
-        self.image_processor = VaeImageProcessor()
+        super().__init__(code_former=code_former)
 
     @torch.no_grad()
     def __call__(

@@ -22,7 +22,6 @@ import math
 
 import torch
 from diffusers import ModelMixin
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from annealers.attractors import iterative_denoising
@@ -60,14 +59,12 @@ class DenoisingAutoencoderPipeline(AnnealersPipeline):
     model_cpu_offload_seq = "autoencoder"
 
     def __init__(self, autoencoder: ModelMixin) -> None:
-        super().__init__()
         taken, returned = autoencoder.config.in_channels, autoencoder.config.out_channels
         if taken != returned:
             raise ValueError(
                 f"a walk needs an autoencoder that returns what it takes, got channels {taken} and {returned}"
             )
-        self.register_modules(autoencoder=autoencoder)
-        self.image_processor = VaeImageProcessor()
+        super().__init__(autoencoder=autoencoder)
 
     @torch.no_grad()
     def __call__(

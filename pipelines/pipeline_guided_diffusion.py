@@ -43,7 +43,6 @@ import PIL.Image
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -140,10 +139,7 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
         classifier: ModelMixin | None = None,
         vae: ModelMixin | None = None,
     ) -> None:
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
-        self.image_processor = VaeImageProcessor()
-
+        super().__init__(unet=unet, scheduler=scheduler, classifier=classifier, vae=vae)
         num_embeds = unet.config.get("num_class_embeds") or 0
         if id2label is not None:
             id2label = with_integer_ids(id2label)
@@ -152,15 +148,9 @@ class GuidedDiffusionPipeline(AnnealersPipeline):
                 raise ValueError(f"id2label names {sorted(id2label)}, but {CLASS_COUNTS[whose]}={num_classes}")
         if null_label is not None and not 0 <= null_label < num_embeds:
             raise ValueError(f"null_label={null_label} is not below unet.config.num_class_embeds={num_embeds}")
-        self.id2label = id2label
+        self._register_class_names(id2label)
         self.null_label = null_label
-        self.register_to_config(id2label=id2label, null_label=null_label)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Diffusers 0.42 would leave out of `save_pretrained` what is set where there was none before."""
-        super().__setattr__(name, value)
-        if name in self._optional_components and value is not None and self.config[name][0] is None:
-            self.register_modules(**{name: value})
+        self.register_to_config(null_label=null_label)
 
     # ---- the settings of the current run, which a callback may read or change ---------------------------------------
 

@@ -13,7 +13,6 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import ModelMixin
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from annealers.models.pixel_likelihood import levels_to_values, values_to_levels
@@ -51,11 +50,8 @@ class PixelCNNPipeline(AnnealersPipeline):
     _exclude_from_cpu_offload = ["pixel_cnn"]  # part by part, which its masked weights do not allow
 
     def __init__(self, pixel_cnn: ModelMixin, id2label: dict[int, str] | dict[str, str] | None = None) -> None:
-        super().__init__()
-        self.register_modules(pixel_cnn=pixel_cnn)
-        self.id2label = integer_names(id2label, pixel_cnn.config.num_class_embeds)
-        self.register_to_config(id2label=self.id2label)
-        self.image_processor = VaeImageProcessor()
+        super().__init__(pixel_cnn=pixel_cnn)
+        self._register_class_names(integer_names(id2label, pixel_cnn.config.num_class_embeds))
 
     @torch.no_grad()
     def __call__(

@@ -2,22 +2,17 @@ r"""What a variational autoencoder knows: images of its prior, and walks through
 
     sample         z ~ N(0, T^2 I), then E[x | z], or x ~ p(x | z)
     reconstruct    z = mu(x), the mean of q(z | x)
-    interpolate    z between mu(x_a) and mu(x_b): on the line, (1 - w) z_a + w z_b, or on the arc,
-                   (sin((1 - w) Omega) z_a + sin(w Omega) z_b) / sin Omega, Omega the angle between them
+    interpolate    z between mu(x_a) and mu(x_b), on the line or on the arc; see `interpolation`
     manifold       z = (Phi^-1(u), Phi^-1(v)) on a grid of u and v, for a latent of two numbers
     traverse       z with one of its numbers varied
 
-Sources: Kingma & Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, App. A (the manifold, Fig. 4: a
-grid on the unit square through the inverse distribution function Phi^-1 of the normal law); Shoemake 1985, "Animating
-Rotation with Quaternion Curves", doi:10.1145/325165.325242, and White 2016, "Sampling Generative Networks",
-arXiv:1609.04468, Sec. 2.1 (the arc: what lies between two draws of the prior is then as long as a draw, and not
-shorter).
+Source: Kingma & Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114, App. A (the manifold, Fig. 4: a
+grid on the unit square through the inverse distribution function Phi^-1 of the normal law).
 
     symbol    code           shape           meaning
     x         images         (B, C, H, W)    in [-1, 1]
     z         latents        (B, C_z, h, w)  (B, C_z, 1, 1) if it is flat
     T         temperature    ()
-    w         weights        (steps,)        0 at x_a, 1 at x_b
 """
 
 import math
@@ -28,7 +23,6 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import ModelMixin
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -41,10 +35,9 @@ from annealers.pipelines.class_labels import (
     label_tensor,
 )
 from annealers.pipelines.image_inputs import Images, check_output_type, image_tensor
+from annealers.pipelines.interpolation import between
 
-INTERPOLATIONS = ("linear", "spherical")
 DECODED_AT_ONCE = 64  # images of a walk, which may be hundreds
-NO_ARC = 1e-3  # radians, from parallel or from opposite
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -81,18 +74,10 @@ class VAEPipelineOutput(BaseOutput):
             ValueError: If the images are not of output_type="pil".
         """
         # inside, since an export of the pipeline has no annealers
-        from annealers.figures import enlarge, image_grid, labelled
+        from annealers.figures import figure_of_pictures
 
-        if not isinstance(self.images, list):
-            raise ValueError(f"a figure is made of PIL images, output_type='pil', got a {type(self.images).__name__}")
-        images, columns = self.images, min(self.columns, len(self.images))
-        if self.originals is not None:
-            white = [PIL.Image.new(images[0].mode, images[0].size, "white")] * (-len(images) % columns)
-            above, below = [*self.originals, *white], [*images, *white]
-            rows = range(0, len(below), columns)
-            images = [image for i in rows for of in (above, below) for image in of[i : i + columns]]
-        grid = image_grid([enlarge(image, scale) for image in images], columns, padding)
-        return labelled(grid, self.column_names, self.row_names) if labels else grid
+        names = (self.column_names, self.row_names) if labels else ()
+        return figure_of_pictures(self.images, self.columns, scale, padding, *names, originals=self.originals)
 
 
 class VAEPipeline(AnnealersPipeline):
@@ -126,11 +111,8 @@ class VAEPipeline(AnnealersPipeline):
     model_cpu_offload_seq = "vae"
 
     def __init__(self, vae: ModelMixin, id2label: dict[int, str] | dict[str, str] | None = None) -> None:
-        super().__init__()
-        self.register_modules(vae=vae)
-        self.id2label = integer_names(id2label, vae.config.num_class_embeds)
-        self.register_to_config(id2label=self.id2label)
-        self.image_processor = VaeImageProcessor()
+        super().__init__(vae=vae)
+        self._register_class_names(integer_names(id2label, vae.config.num_class_embeds))
 
     # ---- images of the prior ----------------------------------------------------------------------------------------
 
@@ -248,19 +230,13 @@ class VAEPipeline(AnnealersPipeline):
         """
         self._check_one_latent("interpolate")
         check_output_type(output_type, self.vae.config.in_channels)
-        if steps < 2:
-            raise ValueError(f"need steps >= 2, the two ends, got {steps}")
-        if method not in INTERPOLATIONS:
-            raise ValueError(f"method must be one of {INTERPOLATIONS}, got {method!r}")
         a, b = self._image_tensor(image_a), self._image_tensor(image_b)
         if a.shape != b.shape:
             raise ValueError(f"need as many images of one size, got {tuple(a.shape)} and {tuple(b.shape)}")
         labels = self._label_tensor(class_labels, common_batch_size(class_labels, pairs=len(a)))
 
-        z_a, z_b = self._encoded(a, labels), self._encoded(b, labels)
-        weights = torch.linspace(0, 1, steps, device=a.device)
-        between = on_the_line if method == "linear" else on_the_arc
-        latents = between(z_a.float(), z_b.float(), weights).to(z_a.dtype).flatten(0, 1)  # (B steps, C_z, h, w)
+        latents, weights = between(self._encoded(a, labels), self._encoded(b, labels), steps, method)
+        latents = latents.to(self.vae.dtype).flatten(0, 1)  # (B steps, C_z, h, w)
         labels = None if labels is None else labels.repeat_interleave(steps)
         names = tuple(f"{w:.2g}" for w in weights.tolist())
         return self._walk(latents, labels, output_type, return_dict, columns=steps, column_names=names)
@@ -447,31 +423,3 @@ class VAEPipeline(AnnealersPipeline):
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return VAEPipelineOutput(images=images, **more) if return_dict else (images,)
-
-
-def on_the_line(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(1 - w) a + w b, of (B, *) and (steps,): (B, steps, *)."""
-    w = weights.reshape(1, -1, *[1] * (a.ndim - 1))
-    return (1 - w) * a.unsqueeze(1) + w * b.unsqueeze(1)
-
-
-def on_the_arc(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(sin((1 - w) Omega) a + sin(w Omega) b) / sin Omega, of (B, *) and (steps,): (B, steps, *).
-
-    Where a and b are parallel the arc is the line.
-
-    Raises:
-        ValueError: If a and b are opposite, or one is zero, which has no direction.
-    """
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    norms = flat_a.norm(dim=1), flat_b.norm(dim=1)
-    if min(norm.min() for norm in norms) == 0:
-        raise ValueError("there is no arc from or to a latent of zeros: take method='linear'")
-    unit_a, unit_b = (flat / norm[:, None] for flat, norm in zip((flat_a, flat_b), norms, strict=True))
-    # of the triangle with sides of length 1; accurate for small angles, where the arccosine is not
-    angle = 2 * torch.atan2((unit_a - unit_b).norm(dim=1), (unit_a + unit_b).norm(dim=1))
-    if (angle > math.pi - NO_ARC).any():
-        raise ValueError("there is no shortest arc between opposite latents: take method='linear'")
-    angle, w = (x.reshape(*shape, *[1] * (a.ndim - 1)) for x, shape in ((angle, (-1, 1)), (weights, (1, -1))))
-    arc = ((1 - w) * angle).sin() * a.unsqueeze(1) + (w * angle).sin() * b.unsqueeze(1)
-    return torch.where(angle < NO_ARC, on_the_line(a, b, weights), arc / angle.sin())

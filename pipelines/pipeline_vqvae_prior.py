@@ -14,7 +14,6 @@ Source: van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete Representatio
 
 import torch
 from diffusers import ModelMixin
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from annealers.pipelines.annealers_pipeline import AnnealersPipeline
@@ -63,23 +62,18 @@ class VQVAEPriorPipeline(AnnealersPipeline):
         prior: ModelMixin | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        self.register_modules(vqvae=vqvae, prior=prior)
+        super().__init__(vqvae=vqvae, prior=prior)
         if prior is not None:
             id2label = integer_names(id2label, prior.config.num_class_embeds)
         elif id2label is not None:
             id2label = with_integer_ids(id2label)
-        self.id2label = id2label
-        self.register_to_config(id2label=id2label)
-        self.image_processor = VaeImageProcessor()
+        self._register_class_names(id2label)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """A prior is checked, and saved even if there was none before: Diffusers 0.42 would leave it out."""
+        """A prior is checked, whenever it is set."""
         if name == "prior" and value is not None:
             check_prior(self.vqvae, value)
         super().__setattr__(name, value)
-        if name == "prior" and value is not None and self.config[name][0] is None:
-            self.register_modules(prior=value)
 
     @torch.no_grad()
     def __call__(

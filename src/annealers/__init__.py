@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+    from transformers import PreTrainedTokenizer
 
     from annealers import exact
     from annealers.hub import export
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         CodeFormerModel,
         CodeTransformerModel,
         GANDiscriminator,
+        GANGenerator,
         HierarchicalVAEModel,
         NoisyClassifierModel,
         PixelCNNModel,
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
         VAEModel,
         VQVAEModel,
     )
+    from annealers.models.open_clip_text import OpenCLIPTextModel
+    from annealers.open_clip_tokenizer import OpenCLIPTokenizer
     from annealers.pipelines import (
         AnnealersPipeline,
         CodeFormerPipeline,
         CorrectorGuidanceCallback,
         DenoisingAutoencoderPipeline,
+        GANPipeline,
         GuidedDiffusionPipeline,
         PixelCNNPipeline,
         RestorationPipeline,
@@ -62,14 +67,19 @@ __all__ = [
     "DenoisingAutoencoderPipeline",
     "DiffusionPipeline",
     "GANDiscriminator",
+    "GANGenerator",
+    "GANPipeline",
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
     "ModelMixin",
     "ModifiedEulerMaruyamaScheduler",
     "NoisyClassifierModel",
+    "OpenCLIPTextModel",
+    "OpenCLIPTokenizer",
     "PixelCNNModel",
     "PixelCNNPipeline",
     "PointScoreModel",
+    "PreTrainedTokenizer",
     "PredictorCorrectorScheduler",
     "RestorationPipeline",
     "SchedulerMixin",
@@ -87,6 +97,7 @@ _HOMES = {
     "ConfigMixin": "diffusers",
     "DiffusionPipeline": "diffusers",
     "ModelMixin": "diffusers",
+    "PreTrainedTokenizer": "transformers",
     "SchedulerMixin": "diffusers",
     "AnnealedLangevinScheduler": "annealers.schedulers",
     "ColdDiffusionScheduler": "annealers.schedulers",
@@ -97,8 +108,11 @@ _HOMES = {
     "CodeFormerModel": "annealers.models",
     "CodeTransformerModel": "annealers.models",
     "GANDiscriminator": "annealers.models",
+    "GANGenerator": "annealers.models",
     "HierarchicalVAEModel": "annealers.models",
     "NoisyClassifierModel": "annealers.models",
+    "OpenCLIPTextModel": "annealers.models.open_clip_text",  # not by annealers.models: open_clip is slow to import
+    "OpenCLIPTokenizer": "annealers.open_clip_tokenizer",
     "PixelCNNModel": "annealers.models",
     "PointScoreModel": "annealers.models",
     "ScoreUNetModel": "annealers.models",
@@ -108,6 +122,7 @@ _HOMES = {
     "CodeFormerPipeline": "annealers.pipelines",
     "CorrectorGuidanceCallback": "annealers.pipelines",
     "DenoisingAutoencoderPipeline": "annealers.pipelines",
+    "GANPipeline": "annealers.pipelines",
     "GuidedDiffusionPipeline": "annealers.pipelines",
     "PixelCNNPipeline": "annealers.pipelines",
     "RestorationPipeline": "annealers.pipelines",

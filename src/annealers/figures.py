@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
@@ -92,6 +93,40 @@ def labelled(
         y = top + (i + 0.5) * grid.height / len(row_names)
         draw.text((left / 2, y), name, fill="black", anchor="mm", font=font)
     return picture
+
+
+def figure_of_pictures(
+    pictures: list[PIL.Image.Image] | np.ndarray | torch.Tensor,
+    columns: int,
+    scale: int = 1,
+    padding: int = 2,
+    column_names: Sequence[str] = (),
+    row_names: Sequence[str] = (),
+    originals: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None,
+) -> PIL.Image.Image:
+    """Lays out the pictures that a pipeline returned, row by row, each below the one that it is made of, if any.
+
+    Args:
+        pictures: As a pipeline returns them; a figure can be made of a list of PIL images.
+        columns: Pictures per row.
+        scale: Enlargement of each.
+        padding: White pixels between neighbours.
+        column_names, row_names: See `labelled`.
+        originals: What each picture was made of, as a list too.
+
+    Raises:
+        ValueError: If the pictures are no list.
+    """
+    if not isinstance(pictures, list):
+        raise ValueError(f"a figure is made of PIL images, output_type='pil', got a {type(pictures).__name__}")
+    columns = min(columns, len(pictures))
+    if originals is not None:
+        white = [PIL.Image.new(pictures[0].mode, pictures[0].size, "white")] * (-len(pictures) % columns)
+        above, below = [*originals, *white], [*pictures, *white]
+        rows = range(0, len(below), columns)
+        pictures = [picture for i in rows for of in (above, below) for picture in of[i : i + columns]]
+    grid = image_grid([enlarge(picture, scale) for picture in pictures], columns, padding)
+    return labelled(grid, column_names, row_names)
 
 
 def to_pil(samples: torch.Tensor) -> list[PIL.Image.Image]:

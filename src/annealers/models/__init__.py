@@ -4,6 +4,7 @@ from annealers.models.autoencoder import AutoencoderModel, AutoencoderOutput
 from annealers.models.code_former import CodeFormerModel, CodeFormerOutput
 from annealers.models.code_transformer import CodeTransformerModel
 from annealers.models.gan_discriminator import GANDiscriminator, GANDiscriminatorOutput
+from annealers.models.gan_generator import GANGenerator, GANGeneratorOutput
 from annealers.models.hierarchical_vae import HierarchicalVAEModel, HierarchicalVAEOutput
 from annealers.models.noisy_classifier import NoisyClassifierModel, NoisyClassifierOutput
 from annealers.models.pixel_cnn import PixelCNNModel
@@ -20,6 +21,8 @@ __all__ = [
     "CodeTransformerModel",
     "GANDiscriminator",
     "GANDiscriminatorOutput",
+    "GANGenerator",
+    "GANGeneratorOutput",
     "HierarchicalVAEModel",
     "HierarchicalVAEOutput",
     "NoisyClassifierModel",
