@@ -1,15 +1,13 @@
 """Evaluation gives the numbers of the library, for any pipeline, batch size and number of processes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
+from two_processes import TORCHRUN, launch
 
 from annealers import DDPMAncestralScheduler, GuidedDiffusionPipeline, NoisyClassifierModel
 from annealers.configuration import parse_config
@@ -20,7 +18,6 @@ from annealers.randomness import PositionalRandomness
 from annealers.training.evaluate import EvaluateConfig, Evaluation, main
 
 ROOT = Path(__file__).parents[1]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 T = 30
 NAMES = {i: str(i) for i in range(10)}
 
@@ -169,11 +166,8 @@ def test_numbers_of_an_image_do_not_depend_on_the_batch_size_and_on_how_many_ima
 
 def test_several_processes_give_the_numbers_of_one(two_headed, everything, tmp_path):
     """Three, of which the last has no images."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
     options = arguments(two_headed, tmp_path / "three.json", *EVERYTHING)
-    command = [*launch, ROOT / "training" / "evaluate.py", *options]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = launch(*TORCHRUN, 3, ROOT / "training" / "evaluate.py", *options)
     found = json.loads((tmp_path / "three.json").read_text())["results"]
     for one, other in zip(found, everything, strict=True):
         assert [one[name] for name in ("kind", "rows", "n")] == [other[name] for name in ("kind", "rows", "n")]

@@ -14,7 +14,6 @@ import torch
 from annealers import HierarchicalVAEModel, VAEModel, VAEPipeline
 from annealers.hub import export
 from annealers.pipelines import AnnealersPipeline
-from annealers.pipelines.pipeline_vae import on_the_arc, on_the_line
 from annealers.single_file import single_file
 
 SMALL = {"in_channels": 1, "sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4}
@@ -250,39 +249,6 @@ def test_an_interpolation_is_one_of_one_class(conditional):
     close(output.images[[1, 4]], conditional.vae.decode(z, ids).sample)
 
 
-def test_an_arc_has_equal_angles_and_the_length_of_its_ends():
-    a, b = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[0.0, 2.0], [-3.0, 0.0]])
-    angles = torch.tensor([[0.0, 30.0, 45.0, 90.0], [90.0, 120.0, 135.0, 180.0]]) * math.pi / 180
-    expected = torch.tensor([[[2.0]], [[3.0]]]) * torch.stack([angles.cos(), angles.sin()], dim=-1)
-    weights = torch.tensor([0.0, 1 / 3, 0.5, 1.0])
-    torch.testing.assert_close(on_the_arc(a, b, weights), expected, rtol=0, atol=1e-6)
-
-
-def test_an_arc_of_draws_of_the_prior_does_not_pass_near_the_origin_as_their_line_does():
-    a, b, weights = normal(20, 4, 8, 8, number=1), normal(20, 4, 8, 8, number=2), torch.linspace(0, 1, 7)
-    usual = 16.0  # the root of 256 dimensions
-    assert (on_the_arc(a, b, weights).flatten(2).norm(dim=2) / usual - 1).abs().max() < 0.2
-    assert (on_the_line(a, b, weights).flatten(2).norm(dim=2)[:, 3] / usual).max() < 0.85
-
-
-def test_an_arc_of_nearly_parallel_latents_is_their_line_without_a_jump():
-    a, weights = normal(1, 6).double(), torch.linspace(0, 1, 5, dtype=torch.float64)
-    for angle in (0.0, 1e-8, 0.99e-3, 1.01e-3):
-        side = normal(1, 6, number=2).double()
-        side = side - (side * a).sum() / (a * a).sum() * a
-        b = a * math.cos(angle) + side / side.norm() * a.norm() * math.sin(angle)
-        torch.testing.assert_close(on_the_arc(a, b, weights), on_the_line(a, b, weights), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [([1.0, 2.0], [-2.0, -4.0], "no shortest arc between opposite"), ([0.0, 0.0], [1.0, 0.0], "a latent of zeros")],
-)
-def test_where_there_is_no_arc_it_is_refused(a, b, message):
-    with pytest.raises(ValueError, match=message):
-        on_the_arc(torch.tensor([a]), torch.tensor([b]), torch.linspace(0, 1, 3))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -474,6 +440,10 @@ def test_names_stand_outside_of_the_images(plain):
     margin = np.asarray(named)[:, :left]
     assert (margin[:top] == 255).all() and all((half < 128).any() for half in np.array_split(margin[top:], 2))
     assert all((name < 128).any() for name in np.array_split(np.asarray(named)[:top, left:], 4, axis=1))
+
+
+def test_a_figure_of_few_reconstructions_is_as_wide_as_they_are(plain):
+    assert plain.reconstruct(images(3)).figure(padding=0).size == (24, 16)
 
 
 def test_a_figure_needs_pictures(plain):

@@ -1,6 +1,8 @@
 """The run loop: what it offers a task beyond one loss and one group of parameters."""
 
 import json
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from annealers import DDPMAncestralScheduler, GuidedDiffusionPipeline
-from annealers.configuration import RunConfig
+from annealers.configuration import RunConfig, option
 from annealers.data import DataConfig, load_data
 from annealers.run import Run, Task, held_out_means
 
@@ -153,3 +155,34 @@ def test_held_out_means_are_over_images_though_batches_differ_in_size(tmp_path):
     assert [len(images) for images in seen] == [64, 36]
     assert means["images"] == 100 and means["one"] == 1
     assert means["brightness"] == pytest.approx(torch.cat(seen).mean().item(), rel=1e-6)
+
+
+@dataclass
+class Menu(RunConfig):
+    """Options of which some are of others."""
+
+    dish: Literal["soup", "salad", "bread"] = option("soup", "")
+    spoons: list[int] = option([1], "", of=("dish", "soup"))
+    dressing: str = option("oil", "", of=("dish", "salad", "bread"))
+    drink: float = option(0.0, "")
+    ice: bool = option(False, "", of="drink")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"spoons": [2]}, {"dish": "bread", "dressing": "none", "spoons": [1]}, {"drink": 0.5, "ice": True}]
+)
+def test_options_that_do_something_are_accepted(options):
+    Menu(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dish": "salad", "spoons": [2]}, r"spoons=\[2\] is an option of dish=soup, and dish is salad"),
+        ({"dressing": "none"}, "dressing=none is an option of dish=salad or bread, and dish is soup"),
+        ({"ice": True}, r"ice=True is an option of drink, and drink is 0\.0"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Menu(**options)

@@ -1,10 +1,6 @@
 """A run that trains an autoencoder: it does not depend on the processes, learns to denoise, and shows what it has."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from two_processes import train_on_two_processes
 
 from annealers import AutoencoderModel, DenoisingAutoencoderPipeline
 from annealers.data import load_data, validation_batches
 from annealers.randomness import PositionalRandomness
 from annealers.training.train_autoencoder import AutoencoderConfig, AutoencoderTask, main
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     *("--block_out_channels", "8", "8", "--norm_groups", "4", "--latent_channels", "6", "--attention", "false"),
     *("--batch_size", "16", "--validation_samples", "20", "--num_inference_steps", "4", "--sample_columns", "3"),
@@ -26,7 +22,6 @@ TINY = [
     # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant"),
 ]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def arguments(folder, *more):
@@ -58,10 +53,7 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    runs = json.dumps([arguments(folder, "--gradient_accumulation_steps", 2)])
-    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", runs, "train_autoencoder"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_autoencoder", [arguments(folder, "--gradient_accumulation_steps", 2)])
     return folder
 
 

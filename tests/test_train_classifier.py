@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteS
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch import nn
+from two_processes import train_on_two_processes
 
 from annealers import DDPMAncestralScheduler, GuidedDiffusionPipeline, NoisyClassifierModel
 from annealers.data import load_data, validation_batches
@@ -22,7 +19,6 @@ from annealers.models import NoisyClassifierOutput
 from annealers.randomness import PositionalRandomness
 from annealers.training.train_classifier import ClassifierConfig, ClassifierObjective, ClassifierTask, main
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     *("--block_out_channels", "32", "32", "--attention_levels", "1", "--batch_size", "16"),
     *("--validation_samples", "20", "--num_inference_steps", "2", "--sample_columns", "1"),
@@ -30,7 +26,6 @@ TINY = [
     # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant"),
 ]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def network_of(classes=11, size=8, channels=1):
@@ -91,10 +86,7 @@ def one_process(tmp_path_factory, diffusion):
 def two_processes(tmp_path_factory, diffusion):
     """The same on two processes, with accumulation."""
     folder = tmp_path_factory.mktemp("two")
-    runs = json.dumps([arguments(folder, diffusion, "--gradient_accumulation_steps", 2)])
-    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", runs, "train_classifier"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_classifier", [arguments(folder, diffusion, "--gradient_accumulation_steps", 2)])
     return folder
 
 

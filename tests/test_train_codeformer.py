@@ -1,11 +1,7 @@
 """The restorer's script: its losses and their ways, what it measures, and that nothing depends on the processes."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from two_processes import train_on_two_processes
 
 from annealers import CodeFormerPipeline, GANDiscriminator, NoisyClassifierModel, VQVAEModel, VQVAEPriorPipeline
 from annealers.data import load_data, validation_batches
@@ -22,7 +19,6 @@ from annealers.image_degradations import DegradationRanges, degrade
 from annealers.randomness import PositionalRandomness
 from annealers.training.train_codeformer import CodeFormerConfig, CodeFormerTask, main
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     *("--hidden_size", "16", "--num_layers", "1", "--num_heads", "2", "--batch_size", "16", "--dropout", "0"),
     *("--validation_samples", "20", "--sample_columns", "3", "--report_to", "none", "--log_every", "2"),
@@ -30,7 +26,6 @@ TINY = [
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
 ]
 GAME = ["--adversarial_weight", "0.8", "--adversarial_start", "1", "--discriminator_channels", "8", "16"]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def vqvae_of(channels=1):
@@ -119,10 +114,7 @@ def one_process(tmp_path_factory, vqvae, features):
 
 def test_two_processes_with_accumulation_train_measure_and_picture_as_one_does(one_process, vqvae, features, tmp_path):
     options = [*GAME, "--feature_network", features, "--gradient_accumulation_steps", 2]
-    runs = json.dumps([arguments(tmp_path, vqvae, *options)])
-    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", runs, "train_codeformer"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_codeformer", [arguments(tmp_path, vqvae, *options)])
     assert largest_difference(weights(one_process), weights(tmp_path)) < 1e-5
     for ours, theirs in zip(metrics(one_process), metrics(tmp_path), strict=True):
         assert ours.keys() == theirs.keys()

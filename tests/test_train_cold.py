@@ -1,11 +1,7 @@
 """The restoring network's script: its loss, what it measures, and that a run is a function of its options and seed."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,20 +11,19 @@ from accelerate import Accelerator
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from two_processes import train_on_two_processes
 
 from annealers import ColdDiffusionScheduler, GuidedDiffusionPipeline
 from annealers.data import load_data, validation_batches
 from annealers.randomness import PositionalRandomness
 from annealers.training.train_cold import ColdConfig, ColdTask, main
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     *("--block_out_channels", "32", "--attention_levels", "0", "--batch_size", "16", "--validation_samples", "20"),
     *("--num_train_timesteps", "6", "--num_inference_steps", "3", "--sample_columns", "3", "--report_to", "none"),
     # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant", "--log_every", "2"),
 ]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def arguments(folder, *more):
@@ -69,10 +64,7 @@ def one_process(tmp_path_factory):
 
 
 def test_two_processes_train_measure_and_picture_as_one_does(one_process, tmp_path):
-    script = ROOT / "tests" / "support" / "train_twice.py"
-    runs = json.dumps([arguments(tmp_path)])
-    done = subprocess.run([sys.executable, script, runs, "train_cold"], env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_cold", [arguments(tmp_path)])
     assert largest_difference(weights(one_process), weights(tmp_path)) < 1e-5
     for ours, theirs in zip(metrics(one_process), metrics(tmp_path), strict=True):
         assert ours.keys() == theirs.keys()
@@ -180,8 +172,14 @@ def test_timesteps_are_drawn_from_all_of_them():
 def test_unset_sizes_are_those_of_the_images():
     config = task().build().scheduler.config
     assert (config.blur_sigma_max, config.downsample_factor, config.mask_sigma_max) == (8.0, 8, 4.0)
-    config = task(blur_sigma_max=3.0, downsample_factor=2, mask_sigma_max=1.0).build().scheduler.config
-    assert (config.blur_sigma_max, config.downsample_factor, config.mask_sigma_max) == (3.0, 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("degradation", "name", "value"),
+    [("blur", "blur_sigma_max", 3.0), ("downsample", "downsample_factor", 2), ("mask", "mask_sigma_max", 1.0)],
+)
+def test_sizes_that_are_set_are_those_of_the_degradation(degradation, name, value):
+    assert task(degradation=degradation, **{name: value}).build().scheduler.config[name] == value
 
 
 @pytest.mark.parametrize(("T", "starts"), [(50, [12, 24, 37, 49]), (4, [0, 1, 2, 3]), (3, [0, 1, 2, 2])])

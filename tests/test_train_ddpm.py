@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from fake_hub import FakeHub
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from two_processes import TORCHRUN, train_on_two_processes
 
 from annealers import GuidedDiffusionPipeline, VAEModel, VAEPipeline
 from annealers.configuration import check_same_run, config_to_dict, parse_config
@@ -51,7 +51,6 @@ SAMPLED = {
     "by loss": ["--timestep_sampling", "loss_second_moment", "--loss", "vlb", "--learned_variance"],
 }
 SAMPLED["by loss"] += ["--num_train_timesteps", "4"]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def arguments(folder, *more):
@@ -102,10 +101,7 @@ def two_processes(tmp_path_factory, autoencoder):
         *(arguments(root / name, *more, "--gradient_accumulation_steps", 2) for name, more in SAMPLED.items()),
         arguments(root / "latent", "--vae", autoencoder),
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = ROOT / "tests" / "support" / "train_twice.py"
-    done = subprocess.run([*launch, script, json.dumps(runs)], env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_ddpm", runs, launcher=(*TORCHRUN, 2))
     return root
 
 

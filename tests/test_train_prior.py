@@ -3,10 +3,7 @@
 import itertools
 import json
 import math
-import os
 import runpy
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch import nn
+from two_processes import train_on_two_processes
 
 from annealers import CodeTransformerModel, PixelCNNModel, PixelCNNPipeline, VQVAEModel, VQVAEPriorPipeline
 from annealers.data import load_data, load_digits_split, validation_batches
@@ -25,15 +23,15 @@ from annealers.training.train_prior import CodeObjective, CodeTask, PixelObjecti
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    *("--hidden_size", "8", "--num_layers", "2", "--kernel_size", "3", "--first_kernel_size", "3"),
-    *("--batch_size", "16", "--validation_samples", "20", "--sample_columns", "2"),
+    *("--hidden_size", "8", "--num_layers", "2", "--sample_columns", "2"),
+    *("--batch_size", "16", "--validation_samples", "20"),
     *("--report_to", "none", "--log_every", "2", "--dropout", "0", "--max_steps", "4", "--checkpoint_every", "2"),
     # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant"),
 ]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 NAMES = {i: str(i) for i in range(10)}
 KINDS = ("pixels", "codes")
+SMALL_WINDOWS = ["--kernel_size", "3", "--first_kernel_size", "3"]
 
 
 def vqvae_of(**options):
@@ -53,8 +51,14 @@ def vqvae_folder(tmp_path_factory):
 
 
 def arguments(kind, folder, vqvae_folder, *more):
-    of_codes = ["--vqvae", str(vqvae_folder), "--model", "code_transformer"] if kind == "codes" else []
-    return [*TINY, "--output_dir", str(folder / kind), *of_codes, *map(str, more)]
+    of_codes = ["--vqvae", str(vqvae_folder), "--model", "code_transformer"]
+    return [
+        *TINY,
+        "--output_dir",
+        str(folder / kind),
+        *(of_codes if kind == "codes" else SMALL_WINDOWS),
+        *map(str, more),
+    ]
 
 
 def weights(folder, kind, which="pipeline"):
@@ -86,9 +90,7 @@ def two_processes(tmp_path_factory, vqvae_folder):
     """The same on two processes, with accumulation."""
     folder = tmp_path_factory.mktemp("two")
     runs = [arguments(kind, folder, vqvae_folder, "--gradient_accumulation_steps", 2) for kind in KINDS]
-    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", json.dumps(runs), "train_prior"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_prior", runs)
     return folder
 
 

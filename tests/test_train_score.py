@@ -1,11 +1,7 @@
 """Score training: the losses are what they say, agree, find the exact score, and ignore how a run is split."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.spatial.distance import pdist
+from two_processes import train_on_two_processes
 
 from annealers import (
     AnnealedLangevinScheduler,
@@ -29,8 +26,6 @@ from annealers.data import load_data, toy_law
 from annealers.randomness import PositionalRandomness
 from annealers.training.train_score import ScoreConfig, ScoreTask, main
 
-ROOT = Path(__file__).parents[1]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
 QUICK = [
     *("--report_to", "none", "--batch_size", "16", "--validation_samples", "20", "--num_inference_steps", "2"),
@@ -101,10 +96,7 @@ def two_processes(tmp_path_factory):
         middle = root / name / "checkpoints" / "checkpoint-00000003"
         runs.append(points(root / name, *options))
         runs.append(points(root / f"{name}_resumed", *options, "--resume", middle))
-    script = ROOT / "tests" / "support" / "train_twice.py"
-    command = [sys.executable, script, json.dumps(runs), "train_score"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_score", runs)
     return root
 
 

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import runpy
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal
+from two_processes import train_on_two_processes
 
 from annealers import HierarchicalVAEModel, VAEModel, VAEPipeline
 from annealers.collapse import LatentUse
@@ -39,7 +37,6 @@ LADDER = [*("--model", "hierarchical", "--latent_channels", "3", "2", "--free_bi
 GAUSSIAN = [*("--likelihood", "gaussian", "--flat_latent", "false", "--max_steps", "4", "--checkpoint_every", "2")]
 ALL_DIGITS = ("--max_train_samples", "1442")
 RUNS = ("vae", "ladder")
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def arguments(folder, *more):
@@ -76,9 +73,7 @@ def two_processes(tmp_path_factory):
         arguments(folder / "vae", *GAUSSIAN, *split),
         arguments(folder / "ladder", *LADDER, *split, "--max_steps", 2),
     ]
-    command = [sys.executable, ROOT / "tests" / "support" / "train_twice.py", json.dumps(runs), "train_vae"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_vae", runs)
     return folder
 
 
@@ -287,7 +282,7 @@ def test_active_units_are_those_that_follow_the_image():
 
 def test_active_units_are_counted_over_the_images_of_all_processes(monkeypatch):
     """Each process sees a constant of its own, so that only both together see a unit move."""
-    task = task_of(importance_samples=0)
+    task = task_of(importance_samples=0, importance_images=100)
     objective = task.build().eval()
     objective.network.encoder = Constant(torch.zeros(6))
     theirs = LatentUse()

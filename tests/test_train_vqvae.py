@@ -3,11 +3,7 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch import nn
+from two_processes import train_on_two_processes
 
 from annealers import GANDiscriminator, NoisyClassifierModel, VQVAEModel, VQVAEPriorPipeline
 from annealers.data import load_data, validation_batches
@@ -23,18 +20,19 @@ from annealers.models.pixel_likelihood import values_to_levels
 from annealers.randomness import PositionalRandomness
 from annealers.training.train_vqvae import VQVAEConfig, VQVAETask, kmeans_centres, main, usage_chart
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     *("--block_out_channels", "8", "8", "--latent_channels", "4", "--num_vq_embeddings", "24", "--batch_size", "16"),
-    *("--codebook_decay", "0.5", "--restart_threshold", "0.3", "--kmeans_vectors", "512", "--max_steps", "4"),
+    *("--kmeans_vectors", "512", "--max_steps", "4", "--checkpoint_every", "2"),
     *("--validation_samples", "20", "--sample_columns", "3", "--report_to", "none", "--log_every", "2"),
     # With Adam's usual epsilon the first steps are the gradient's signs, which turn rounding into steps of full size.
     *("--adam_epsilon", "0.01", "--learning_rate", "0.01", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
-    *("--checkpoint_every", "2", "--discriminator_learning_rate", "0.01"),
 ]
-GAN = ["--adversarial_weight", "0.5", "--adversarial_start", "2", "--discriminator_channels", "8", "16"]
-LAUNCHED = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-KINDS = {"VQ-VAE": ["--codebook", "gradient"], "VQ-GAN": [*GAN, "--kmeans_vectors", "0"]}
+AVERAGE = ["--codebook_decay", "0.5", "--restart_threshold", "0.3"]
+GAN = [
+    *("--adversarial_weight", "0.5", "--adversarial_start", "2", "--discriminator_channels", "8", "16"),
+    *("--discriminator_learning_rate", "0.01"),
+]
+KINDS = {"VQ-VAE": ["--codebook", "gradient"], "VQ-GAN": [*AVERAGE, *GAN, "--kmeans_vectors", "0"]}
 
 
 def arguments(folder, *more):
@@ -71,10 +69,7 @@ def two_processes(tmp_path_factory):
     """The same on two processes, with accumulation."""
     folder = tmp_path_factory.mktemp("two")
     runs = [arguments(folder / kind, *o, "--gradient_accumulation_steps", 2) for kind, o in KINDS.items()]
-    script = ROOT / "tests" / "support" / "train_twice.py"
-    command = [sys.executable, script, json.dumps(runs), "train_vqvae"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on_two_processes("train_vqvae", runs)
     return folder
 
 

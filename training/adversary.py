@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from annealers import GANDiscriminator, NoisyClassifierModel
-from annealers.adversarial import AdaptiveWeight, frozen, hinge_discriminator_loss, hinge_generator_loss
+from annealers.adversarial import AdaptiveWeight, frozen
 from annealers.configuration import RunConfig, option
 from annealers.feature_loss import FeatureLoss
+from annealers.gan_losses import discriminator_loss, generator_loss
 from annealers.run import Batch, Task, Terms
 
 
@@ -24,13 +25,17 @@ class AdversaryConfig(RunConfig):
     """Options of the losses that see an image as a whole: those of features and of an adversary."""
 
     feature_network: str | None = option(None, "Folder or Hub id of a pipeline of train_classifier.py.")
-    feature_weight: float = option(1.0, "Weight of the distance of images in its features.")
+    feature_weight: float = option(1.0, "Weight of the distance of images in its features.", of="feature_network")
 
     adversarial_weight: float = option(0.0, "w, the weight of the adversary on top of the adaptive one; 0: none.")
-    adversarial_start: int = option(0, "Optimizer step from which on there is an adversary.")
-    discriminator_channels: list[int] = option([32, 64], "Channels of its levels, each of which halves the image.")
-    discriminator_norm: Literal["none", "group", "spectral"] = option("group", "Its normalisation.")
-    discriminator_learning_rate: float = option(2e-3, "Its peak learning rate.")
+    adversarial_start: int = option(0, "Optimizer step from which on there is an adversary.", of="adversarial_weight")
+    discriminator_channels: list[int] = option(
+        [32, 64], "Channels of its levels, each of which halves the image.", of="adversarial_weight"
+    )
+    discriminator_norm: Literal["none", "group", "spectral"] = option(
+        "group", "Its normalisation.", of="adversarial_weight"
+    )
+    discriminator_learning_rate: float = option(2e-3, "Its peak learning rate.", of="adversarial_weight")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,9 +97,9 @@ class AdversarialObjective(nn.Module):
         """
         if self.discriminator is None:
             return 0.0
-        generator = hinge_generator_loss(frozen(self.discriminator, reconstructed).logits.float())
-        real, fake = (self.discriminator(x).logits.float() for x in (images, reconstructed.detach()))
-        discriminator = hinge_discriminator_loss(real, fake)
+        generator = generator_loss("hinge", frozen(self.discriminator, reconstructed).logits)
+        real, fake = (self.discriminator(x).logits for x in (images, reconstructed.detach()))
+        discriminator = discriminator_loss("hinge", real, fake)
         self.adaptive_weight.observe(reconstruction.mean(), generator.mean(), last_layer)
         balance = self.adaptive_weight.value.clone()  # it is written to before the next step, maybe before backward
         terms |= {"generator": generator, "discriminator": discriminator, "adaptive_weight": balance.expand(len(real))}

@@ -26,10 +26,14 @@ class PixelLawConfig(RunConfig):
     binarize: Binarization = option("none", "Black or white pixels, drawn once or anew each time, for 'bernoulli'.")
     num_levels: int | None = option(None, "Values of a grey pixel; unset: 17 of the digits, else 256.")
     sigma: float = option(
-        0.5, "Standard deviation of 'gaussian', of images in [-1, 1]; that at first if it is learnt."
+        0.5,
+        "Standard deviation of 'gaussian', of images in [-1, 1]; that at first if it is learnt.",
+        of=("likelihood", "gaussian"),
     )
-    learn_sigma: bool = option(True, "Learn it.")
-    num_mixtures: int = option(10, "Components of 'discretized_mix_logistic'.")
+    learn_sigma: bool = option(True, "Learn it.", of=("likelihood", "gaussian"))
+    num_mixtures: int = option(
+        10, "Components of 'discretized_mix_logistic'.", of=("likelihood", "discretized_mix_logistic")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

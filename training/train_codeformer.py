@@ -76,7 +76,7 @@ class CodeFormerConfig(AdversaryConfig):
     adversarial_weight: float = option(
         0.0, "w, the weight of the adversary on top of the adaptive one, 0.8 in the paper; 0: none; of stage 3."
     )
-    discriminator_learning_rate: float = option(1e-3, "Its peak learning rate.")
+    discriminator_learning_rate: float = option(1e-3, "Its peak learning rate.", of="adversarial_weight")
 
     blur_sigma: list[float] = option([0.0, 0.8], "Range of the blur's width, in pixels.")
     downsampling: list[float] = option([1.0, 2.0], "Range of the factor of downsampling.")

@@ -48,11 +48,19 @@ class ColdConfig(ImageConfig):
 
     num_train_timesteps: int = option(50, "Timesteps of the degradation.")
     degradation: Literal["blur", "downsample", "mask"] = option("blur", "What is done to the images.")
-    blur_sigma_min: float = option(0.5, "Width of the least blur, in pixels.")
-    blur_sigma_max: float | None = option(None, "Width of the strongest blur; unset, the side of the images.")
-    downsample_factor: int | None = option(None, "Side of the largest blocks; unset, that of the images.")
-    mask_sigma_min: float = option(0.1, "Width of the first Gaussian of the mask, in pixels.")
-    mask_sigma_max: float | None = option(None, "Width of the last; unset, half the side of the images.")
+    blur_sigma_min: float = option(0.5, "Width of the least blur, in pixels.", of=("degradation", "blur"))
+    blur_sigma_max: float | None = option(
+        None, "Width of the strongest blur; unset, the side of the images.", of=("degradation", "blur")
+    )
+    downsample_factor: int | None = option(
+        None, "Side of the largest blocks; unset, that of the images.", of=("degradation", "downsample")
+    )
+    mask_sigma_min: float = option(
+        0.1, "Width of the first Gaussian of the mask, in pixels.", of=("degradation", "mask")
+    )
+    mask_sigma_max: float | None = option(
+        None, "Width of the last; unset, half the side of the images.", of=("degradation", "mask")
+    )
     loss: Literal["l1", "l2"] = option("l1", "Mean absolute or squared error.")
 
 

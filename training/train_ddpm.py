@@ -53,7 +53,7 @@ class DDPMConfig(ImageConfig):
     )
     min_snr_gamma: float | None = option(None, "Gamma of min-SNR, another weighting of L_simple.")
     learned_variance: bool = option(False, "Learn the reverse variance; L_simple becomes the hybrid loss.")
-    vlb_weight: float = option(0.001, "Weight of the variational bound in the hybrid loss.")
+    vlb_weight: float = option(0.001, "Weight of the variational bound in the hybrid loss.", of="learned_variance")
     vae: str | None = option(
         None, "Pipeline with an autoencoder, a folder or a name on the Hub: train on its latents."
     )

@@ -64,13 +64,25 @@ class PriorConfig(RunConfig):
     hidden_size: int = option(32, "Channels of the network.")
     num_layers: int = option(6, "Layers of the network.")
     dropout: float = option(0.2, "Dropout in each layer.")
-    layer_type: Literal["gated", "masked", "row_lstm"] = option("gated", "Layers of a pixel_cnn.")
-    kernel_size: int = option(5, "Side of the window of each layer of a pixel_cnn but the first.")
-    first_kernel_size: int = option(7, "Side of the window of the first layer of a pixel_cnn.")
-    output: Literal["categorical", "mix_logistic"] = option("categorical", "Law of a value that a pixel_cnn gives.")
-    num_mixtures: int = option(10, "Components of a mix_logistic output.")
-    num_heads: int = option(4, "Attention heads of a code_transformer.")
-    mlp_ratio: float = option(4.0, "Width of the inner layer of a code_transformer, by that of the network.")
+    layer_type: Literal["gated", "masked", "row_lstm"] = option(
+        "gated", "Layers of a pixel_cnn.", of=("model", "pixel_cnn")
+    )
+    kernel_size: int = option(
+        5, "Side of the window of each layer of a pixel_cnn but the first.", of=("model", "pixel_cnn")
+    )
+    first_kernel_size: int = option(
+        7, "Side of the window of the first layer of a pixel_cnn.", of=("model", "pixel_cnn")
+    )
+    output: Literal["categorical", "mix_logistic"] = option(
+        "categorical", "Law of a value that a pixel_cnn gives.", of=("model", "pixel_cnn")
+    )
+    num_mixtures: int = option(10, "Components of a mix_logistic output.", of=("output", "mix_logistic"))
+    num_heads: int = option(4, "Attention heads of a code_transformer.", of=("model", "code_transformer"))
+    mlp_ratio: float = option(
+        4.0,
+        "Width of the inner layer of a code_transformer, by that of the network.",
+        of=("model", "code_transformer"),
+    )
 
     temperature: float = option(1.0, "Temperature of the pictures.")
     sample_columns: int = option(10, "Samples per row of the pictures: per class, if conditional.")

@@ -67,7 +67,7 @@ class ScoreConfig(ImageConfig):
 
     process: Literal["ve", "vp", "sub_vp"] = option("ve", "Noising process.")
     num_train_timesteps: int = option(1000, "Noise levels.")
-    sigma_min: float = option(0.01, "Smallest level of 've', in units of the data.")
+    sigma_min: float = option(0.01, "Smallest level of 've', in units of the data.", of=("process", "ve"))
     sigma_max: float | None = option(None, "Largest level of 've'; unset, the largest distance in the data.")
     conditioning: Literal["positional", "fourier"] = option(
         "positional", "What the UNet sees: x_t and sinusoids of t, or y and Fourier features of log s_t ('ve' only)."
@@ -77,9 +77,13 @@ class ScoreConfig(ImageConfig):
     probes: int | None = option(
         None, "Random directions per image of 'ism' and 'sliced'; 0 is the exact divergence, unset 1, or 0 on points."
     )
-    probe_kind: Literal["rademacher", "gaussian"] = option("rademacher", "Law of the random directions.")
+    probe_kind: Literal["rademacher", "gaussian"] = option(
+        "rademacher", "Law of the random directions.", of=("loss", "ism", "sliced")
+    )
     weighting: Literal["sigma_squared", "likelihood", "min_snr"] = option("sigma_squared", "Weight of a level.")
-    min_snr_gamma: float = option(5.0, "Largest weight of the error in x_0 with 'min_snr'.")
+    min_snr_gamma: float = option(
+        5.0, "Largest weight of the error in x_0 with 'min_snr'.", of=("weighting", "min_snr")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

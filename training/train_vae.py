@@ -61,7 +61,9 @@ class VAEConfig(PixelLawConfig):
     model: Literal["vae", "hierarchical"] = option("vae", "One latent, or a ladder of them.")
     latent_channels: list[int] = option([16], "Channels of the latent, or of each layer of a hierarchy from the top.")
     latent_levels: list[int] = option(
-        [], "Resolution level of each layer of a hierarchy, 0 being the full one; unset: even from the last to 0."
+        [],
+        "Resolution level of each layer of a hierarchy, 0 being the full one; unset: even from the last to 0.",
+        of=("model", "hierarchical"),
     )
     flat_latent: bool = option(True, "Whether the latent, or the top one, is a vector rather than a map.")
     block_out_channels: list[int] = option([16, 32], "Channels of each resolution level.")
@@ -79,7 +81,7 @@ class VAEConfig(PixelLawConfig):
     free_bits: float = option(0.0, "Nats of each layer's divergence that cost nothing.")
 
     importance_samples: int = option(20, "k of the importance-weighted bound in validation; 0: none.")
-    importance_images: int = option(100, "Held-out images for it.")
+    importance_images: int = option(100, "Held-out images for it.", of="importance_samples")
     sample_columns: int = option(10, "Images per row of the pictures: per class, if conditional.")
 
     def __post_init__(self) -> None:

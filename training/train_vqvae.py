@@ -68,13 +68,17 @@ class VQVAEConfig(AdversaryConfig, PixelLawConfig):
     num_vq_embeddings: int = option(64, "Codebook vectors, K.")
 
     sigma: float = option(
-        0.2, "Standard deviation of 'gaussian', of images in [-1, 1]; that at first if it is learnt."
+        0.2,
+        "Standard deviation of 'gaussian', of images in [-1, 1]; that at first if it is learnt.",
+        of=("likelihood", "gaussian"),
     )
 
     codebook: Literal["average", "gradient"] = option("average", "Moving average over the steps, or by gradient.")
-    codebook_decay: float = option(0.99, "Of the moving average.")
+    codebook_decay: float = option(0.99, "Of the moving average.", of=("codebook", "average"))
     restart_threshold: float = option(
-        0.1, "Codes used less often per optimizer step become a latent of it; 0 restarts none; of 'average'."
+        0.1,
+        "Codes used less often per optimizer step become a latent of it; 0 restarts none; of 'average'.",
+        of=("codebook", "average"),
     )
     kmeans_vectors: int = option(8192, "Latents whose k-means centres the codebook starts with; 0: at random.")
     beta: float = option(0.25, "Weight of the commitment.")

@@ -77,8 +77,10 @@ class RunConfig(DataConfig):
     )
 
     push_to_hub: bool = option(False, "Upload the pipeline to the Hub at the end.")
-    hub_model_id: str | None = option(None, "Repository on the Hub; unset, the output folder's name.")
-    hub_private: bool = option(False, "Make the repository private.")
+    hub_model_id: str | None = option(
+        None, "Repository on the Hub; unset, the output folder's name.", of="push_to_hub"
+    )
+    hub_private: bool = option(False, "Make the repository private.", of="push_to_hub")
     hub_token: str | None = option(None, "Token for the Hub; unset, the one you are logged in with.")
 
     def __post_init__(self) -> None:
@@ -90,6 +92,21 @@ class RunConfig(DataConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        self._check_options_of_others()
+
+    def _check_options_of_others(self) -> None:
+        """Raises ValueError for an option that would do nothing, as another is not set to what makes use of it."""
+        for field in dataclasses.fields(self):
+            of = getattr(field.metadata.get("help"), "of", ())
+            if not of or getattr(self, field.name) == _default(field):
+                continue
+            other, *values = of
+            found = getattr(self, other)
+            if found not in values if values else not found:
+                wanted = f"{other}={' or '.join(map(str, values))}" if values else other
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)} is an option of {wanted}, and {other} is {found}"
+                )
 
 
 def parse_config(config_class: type[Config], arguments: list[str] | None = None, description: str = "") -> Config:

@@ -108,9 +108,10 @@ class GameRun(Run):
 
     def _prepare(self) -> list[AcceleratedOptimizer]:
         config = self.config
+        theirs = config.discriminator_learning_rate  # which may be 0
         rates = {
             "generator": config.learning_rate,
-            "discriminator": config.discriminator_learning_rate or config.learning_rate,
+            "discriminator": config.learning_rate if theirs is None else theirs,
         }
         players = {"generator": self.task.build(), "discriminator": self.task.build_discriminator()}
         players = {name: self._laid_out(self._synchronized(player)) for name, player in players.items()}

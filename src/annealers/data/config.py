@@ -8,11 +8,25 @@ class DataError(ValueError):
     """The data or its description is wrong; the message is one sentence for the person who started the run."""
 
 
-def option(default: Any, description: str) -> Any:
-    """A field with its help text."""
+class Help(str):
+    """The help text of an option, which also says of what: parsers take a field's metadata for their own arguments."""
+
+    of: tuple[Any, ...]
+
+
+def option(default: Any, description: str, of: str | tuple[Any, ...] = ()) -> Any:
+    """A field with its help text.
+
+    Args:
+        default, description: Of the option.
+        of: What it is an option of, and without what it would do nothing: another option that has to be set, or
+            another's name and the values of it that make use of this one. `RunConfig` refuses it otherwise.
+    """
+    text = Help(description)
+    text.of = (of,) if isinstance(of, str) else of
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": description})
-    return field(default=default, metadata={"help": description})
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -145,6 +145,11 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If the shapes do not fit the network or each other.
         """
+        logits = self.head(self.features(sample, timestep))
+        return NoisyClassifierOutput(logits) if return_dict else (logits,)
+
+    def features(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        """What the head reads, (B, block_out_channels[-1]); arguments and errors are those of `forward`."""
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample must be (B, {self.config.in_channels}, H, W), got {tuple(sample.shape)}")
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
@@ -161,8 +166,7 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
         pooled = pixels.mean(dim=1, keepdim=True)  # (B, 1, last)
         if self.pool is not None:
             pooled = self.pool(pooled, torch.cat([pooled, pixels], dim=1))
-        logits = self.head(pooled.squeeze(1))
-        return NoisyClassifierOutput(logits) if return_dict else (logits,)
+        return pooled.squeeze(1)
 
 
 def _check_architecture(
