@@ -121,7 +121,7 @@ def write_local_dir(folder, config, clip=None, preprocess=None):
     return f"local-dir:{folder}"
 
 
-def word_pieces():
+def word_pieces(**sides):
     """As BERT's: [CLS] text [SEP], lower case, fills up with [PAD]."""
     letters = list("abcdefghijklmnopqrstuvwxyz!?'")
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters), "cat", "##ow"]
@@ -131,7 +131,12 @@ def word_pieces():
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        **sides,
     )
 
 
