@@ -1,6 +1,7 @@
-"""How good the digits model of the README's command is: label accuracy and pixel Fréchet distance.
+"""How good a model of digits is, as the commands of the README train it: label accuracy and pixel Fréchet distance.
 
     python training/train_ddpm.py && python benchmarks/digits_quality.py runs/ddpm/pipeline
+    python training/train_gan.py && python benchmarks/digits_quality.py runs/gan/pipeline
 
 A support vector machine trained on the training split, and tested on the held-out split, reads 1,000 samples, 100 of
 each class. The Fréchet distance is that of the Gaussians fitted to the 64 pixels, in [-1, 1], of the samples and of
@@ -12,9 +13,10 @@ import json
 import time
 
 import torch
+from diffusers import DiffusionPipeline
 from sklearn.svm import SVC
 
-from annealers import GuidedDiffusionPipeline
+import annealers
 from annealers.data import load_digits_split, to_images, to_model_space
 from annealers.metrics import frechet_distance
 
@@ -22,8 +24,8 @@ from annealers.metrics import frechet_distance
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline", help="folder of the trained pipeline")
-    parser.add_argument("--num-inference-steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--num-inference-steps", type=int, default=50, help="of a diffusion model")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="of a diffusion model")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -32,13 +34,16 @@ def main() -> None:
     reader = SVC(gamma=0.001).fit(grey_values(digits.train_images), digits.train_labels)
     held_out_accuracy = reader.score(grey_values(digits.test_images), digits.test_labels)
 
-    pipeline = GuidedDiffusionPipeline.from_pretrained(options.pipeline)
+    kind = DiffusionPipeline.load_config(options.pipeline)["_class_name"]
+    pipeline = getattr(annealers, kind).from_pretrained(options.pipeline)
+    sampling = {}
+    if isinstance(pipeline, annealers.GuidedDiffusionPipeline):
+        sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     labels = torch.arange(options.samples) % 10
     started = time.perf_counter()
     images = pipeline(
         class_labels=labels,
-        guidance_scale=options.guidance_scale,
-        num_inference_steps=options.num_inference_steps,
+        **sampling,
         generator=torch.Generator().manual_seed(options.seed),
         output_type="pt",
     ).images
@@ -51,8 +56,7 @@ def main() -> None:
     result = {
         "pipeline": options.pipeline,
         "samples": options.samples,
-        "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": options.guidance_scale,
+        **sampling,
         "seed": options.seed,
         "svc_accuracy_on_held_out_digits": held_out_accuracy,
         "requested_label_confirmed": reader.score(grey_values(images), labels),

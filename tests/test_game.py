@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -211,9 +212,8 @@ def test_a_spectral_norm_iterates_once_in_each_step_of_its_player(tmp_path, monk
         found = [module for module in running.networks[player].modules() if isinstance(module, _SpectralNorm)]
         assert [iterations.count((norm, 1)) for norm in found] == [1 + steps] * norms  # one when it is built
     for before, note in zip(running.notes, running.notes[1:], strict=False):
-        for player in ("discriminator", "generator"):
-            moved = any((before.buffers[player][n] != b).any() for n, b in note.buffers[player].items())
-            assert moved == (note.player == player)
+        moved = any((before.buffers["discriminator"][n] != b).any() for n, b in note.buffers["discriminator"].items())
+        assert moved == (note.player == "discriminator")
 
 
 def test_statistics_of_a_batch_move_once_in_each_step_of_their_player(tmp_path):
@@ -301,15 +301,61 @@ def test_the_discriminator_is_saved_beside_the_pipeline(tmp_path):
     assert not (tmp_path / "pipeline" / "discriminator").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_whosever_it_is(tmp_path):
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+def test_a_loss_that_is_not_finite_stops_the_run_whosever_it_is(tmp_path, player):
+    def diverging(objective):
+        forward = objective.forward
+        objective.forward = lambda *args, **draws: {"loss": forward(*args, **draws)["loss"] + float("inf")}
+        return objective
+
     class Diverging(Task):
+        def build(self):
+            return diverging(super().build()) if player == "generator" else super().build()
+
         def build_discriminator(self):
-            discriminator = super().build_discriminator()
-            nn.init.constant_(discriminator.network.head.bias, float("nan"))
-            return discriminator
+            return diverging(super().build_discriminator()) if player == "discriminator" else super().build_discriminator()
 
     with pytest.raises(RuntimeError, match="not finite at step 0"):
         run(tmp_path, Diverging)
+
+
+def test_a_step_that_overflows_is_skipped_of_its_player_alone_and_that_is_logged(tmp_path):
+    """The first gradient of D is infinite, for its loss is scaled beyond what float32 holds; the scale is halved then."""
+
+    class Overflowing(Discriminator):
+        def forward(self, opponent, images, latents):
+            first = not Task.seen[1:]
+            terms = super().forward(opponent, images, latents)
+            return {"loss": terms["loss"] * (1e38 if first else 1.0)}
+
+    class Scaled(GameRun):
+        def _prepare(self):
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+            self.steps = []
+            prepared = super()._prepare()
+            for name, optimizer in zip(self.networks, prepared, strict=True):
+                optimizer.optimizer.register_step_post_hook(lambda *_, name=name: self.steps.append(name))
+            return prepared
+
+    class Scale(Task):
+        def build_discriminator(self):
+            return Overflowing(super().build_discriminator().network)
+
+    running = run(tmp_path, Scale, Scaled, max_steps=2)
+    assert running.steps == ["generator", "discriminator", "generator"]
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    skipped = [[entry[f"skipped_steps_{player}"] for player in running.networks] for entry in entries]
+    assert skipped == [[0, 1], [0, 0]]
+    assert running.accelerator.scaler.get_scale() == 2.0**15
+    for player in running.networks:
+        assert all(value.isfinite().all() for value in weights(tmp_path, player).values())
+
+
+def test_weights_that_are_split_over_processes_are_refused(tmp_path):
+    running = GameRun(GameConfig(output_dir=str(tmp_path), report_to="none"), Task)
+    running.accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="all weights of both players on each process, which FSDP splits"):
+        running._prepare()
 
 
 def test_batch_statistics_of_one_process_among_several_are_refused_without_gpus(tmp_path):
