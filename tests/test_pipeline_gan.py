@@ -1,7 +1,6 @@
 """Properties of GANPipeline: which latents it makes images of, given which class or text, and what comes back."""
 
 import doctest
-import importlib.util
 import json
 import math
 import sys
@@ -14,6 +13,7 @@ import scipy.stats
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from one_file import copies_from_one_file
 from tiny_pipelines import text_config, tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -22,7 +22,6 @@ from annealers.hub import export
 from annealers.pipelines import AnnealersPipeline
 from annealers.pipelines.pipeline_gan import truncated
 from annealers.pipelines.text_embeddings import pooled_text
-from annealers.single_file import single_file
 
 Z = 16
 NAMES = {0: "cat", 1: "dog", 2: "emu"}
@@ -584,19 +583,9 @@ def test_an_export_loads_in_diffusers_with_its_code(texts, tmp_path, monkeypatch
 
 
 def test_its_code_works_in_one_file_without_annealers(tmp_path, monkeypatch):
-    """Copies of the pipeline and its network, without the last lines, by which they hand out the installed classes."""
-
-    def copy_of(name):
-        file = tmp_path / f"copy_of_{name}.py"
-        file.write_text(single_file(name).split("# Where annealers is installed")[0])
-        specification = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, file.stem, module)
-        specification.loader.exec_module(module)
-        return getattr(module, name)
-
     expected = text_pipeline()
-    network, pipeline_class = copy_of("GANGenerator").from_config(expected.generator.config), copy_of("GANPipeline")
+    network_class, pipeline_class = copies_from_one_file(("GANGenerator", "GANPipeline"), tmp_path, monkeypatch)
+    network = network_class.from_config(expected.generator.config)
     network.load_state_dict(expected.generator.state_dict())
     pipeline = quiet(pipeline_class(network.eval(), expected.text_encoder, expected.tokenizer))
     assert not isinstance(pipeline, GANPipeline) and not isinstance(network, GANGenerator)

@@ -1,20 +1,18 @@
 """Properties of VAEPipeline: which latents it decodes, in which order, and what the figures show."""
 
 import doctest
-import importlib.util
 import math
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import scipy.stats
 import torch
+from one_file import copies_from_one_file
 
 from annealers import HierarchicalVAEModel, VAEModel, VAEPipeline
 from annealers.hub import export
 from annealers.pipelines import AnnealersPipeline
-from annealers.single_file import single_file
 
 SMALL = {"in_channels": 1, "sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4}
 NAMES = {0: "cat", 1: "dog", 2: "emu"}
@@ -503,19 +501,9 @@ def test_an_exported_pipeline_loads(conditional, hierarchical, tmp_path):
 
 
 def test_its_code_works_in_one_file_without_annealers(tmp_path, monkeypatch):
-    """Copies of the pipeline and its model, without the last lines, by which they hand out the installed classes."""
-
-    def copy_of(name):
-        file = tmp_path / f"copy_of_{name}.py"
-        file.write_text(single_file(name).split("# Where annealers is installed")[0])
-        specification = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, file.stem, module)
-        specification.loader.exec_module(module)
-        return getattr(module, name)
-
     expected = pipeline_of()
-    model, pipeline_class = copy_of("VAEModel").from_config(expected.vae.config), copy_of("VAEPipeline")
+    model_class, pipeline_class = copies_from_one_file(("VAEModel", "VAEPipeline"), tmp_path, monkeypatch)
+    model = model_class.from_config(expected.vae.config)
     model.load_state_dict(expected.vae.state_dict())
     pipeline = pipeline_class(model.eval())
     pipeline.set_progress_bar_config(disable=True)
