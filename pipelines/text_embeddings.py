@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 
 @torch.no_grad()
@@ -32,7 +33,8 @@ def pooled_text(
         device: Where to compute; None is where the encoder is.
 
     Raises:
-        ValueError: If there is no prompt, one is no text, or the encoder returns no embedding of a whole text.
+        ValueError: If there is no prompt, one is no text, the tokenizer knows no longest sequence, or the encoder
+            returns no embedding of a whole text.
 
     Example:
         >>> from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -48,6 +50,8 @@ def pooled_text(
     if device is None:
         device = next(text_encoder.parameters()).device
     longest = tokenizer.model_max_length
+    if longest > LARGE_INTEGER:  # what transformers sets where a tokenizer has none
+        raise ValueError(f"a {type(tokenizer).__name__} does not know the longest sequence: set its model_max_length")
     tokens = tokenizer(
         list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
     )  # input_ids (B, L)

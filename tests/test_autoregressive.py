@@ -214,6 +214,10 @@ def test_labels_that_fit_are_taken():
     check_class_labels(torch.tensor([0, 2]), 3, 2)
 
 
+def test_the_values_of_labels_on_a_device_are_not_waited_for():
+    check_class_labels(torch.zeros(2, dtype=torch.long, device="meta"), 3, 2)  # there are none to be had
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

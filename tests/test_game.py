@@ -303,30 +303,31 @@ def test_the_discriminator_is_saved_beside_the_pipeline(tmp_path):
 
 @pytest.mark.parametrize("player", ["generator", "discriminator"])
 def test_a_loss_that_is_not_finite_stops_the_run_whosever_it_is(tmp_path, player):
-    def diverging(objective):
-        forward = objective.forward
-        objective.forward = lambda *args, **draws: {"loss": forward(*args, **draws)["loss"] + float("inf")}
+    def diverging(objective, name):
+        forward, plus = objective.forward, float("inf") if name == player else 0.0
+        objective.forward = lambda *args, **draws: {"loss": forward(*args, **draws)["loss"] + plus}
         return objective
 
     class Diverging(Task):
         def build(self):
-            return diverging(super().build()) if player == "generator" else super().build()
+            return diverging(super().build(), "generator")
 
         def build_discriminator(self):
-            return diverging(super().build_discriminator()) if player == "discriminator" else super().build_discriminator()
+            return diverging(super().build_discriminator(), "discriminator")
 
     with pytest.raises(RuntimeError, match="not finite at step 0"):
         run(tmp_path, Diverging)
 
 
-def test_a_step_that_overflows_is_skipped_of_its_player_alone_and_that_is_logged(tmp_path):
-    """The first gradient of D is infinite, for its loss is scaled beyond what float32 holds; the scale is halved then."""
+def test_a_step_that_overflows_is_skipped_of_its_player_alone_and_that_is_logged(tmp_path, monkeypatch):
+    """The first gradient of D is infinite: its loss is scaled beyond what float32 holds. Then the scale is halved."""
 
     class Overflowing(Discriminator):
+        factors = [1e38]
+
         def forward(self, opponent, images, latents):
-            first = not Task.seen[1:]
             terms = super().forward(opponent, images, latents)
-            return {"loss": terms["loss"] * (1e38 if first else 1.0)}
+            return {"loss": terms["loss"] * (self.factors.pop() if self.factors else 1.0)}
 
     class Scaled(GameRun):
         def _prepare(self):
@@ -335,6 +336,8 @@ def test_a_step_that_overflows_is_skipped_of_its_player_alone_and_that_is_logged
             prepared = super()._prepare()
             for name, optimizer in zip(self.networks, prepared, strict=True):
                 optimizer.optimizer.register_step_post_hook(lambda *_, name=name: self.steps.append(name))
+            self.accelerator.native_amp = True  # from here on as on a GPU, where alone Accelerate scales a loss
+            monkeypatch.setattr(type(self.accelerator), "mixed_precision", "fp16")
             return prepared
 
     class Scale(Task):
@@ -343,10 +346,12 @@ def test_a_step_that_overflows_is_skipped_of_its_player_alone_and_that_is_logged
 
     running = run(tmp_path, Scale, Scaled, max_steps=2)
     assert running.steps == ["generator", "discriminator", "generator"]
-    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
     skipped = [[entry[f"skipped_steps_{player}"] for player in running.networks] for entry in entries]
     assert skipped == [[0, 1], [0, 0]]
     assert running.accelerator.scaler.get_scale() == 2.0**15
+    assert all(0 < entry["grad_norm_generator"] < 10 for entry in entries)  # without the scale
     for player in running.networks:
         assert all(value.isfinite().all() for value in weights(tmp_path, player).values())
 

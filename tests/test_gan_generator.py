@@ -350,7 +350,10 @@ def test_it_is_named_by_the_package_alone_and_fits_into_one_file():
             {"arch": "resnet", "block_out_channels": (8,)},
             r"a resnet needs at least 2 of block_out_channels, got \(8,\)",
         ),
-        ({"sample_size": 10}, r"2 times, which sample_size=10 does not allow: need one of 8, 12, 16 \.\."),
+        (
+            {"sample_size": 10},
+            r"is doubled or halved 2 times, which sample_size=10 does not allow: need one of 8, 12, 16 \.\.",
+        ),
         ({"sample_size": 4}, r"sample_size=4 does not allow: need one of 8, 12, 16"),
         ({"arch": "resnet", "sample_size": 7}, r"1 times, which sample_size=7 does not allow: need one of 4, 6, 8"),
         ({"sample_size": (8, 8)}, r"side of square images, an int, got \(8, 8\)"),

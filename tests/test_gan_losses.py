@@ -5,6 +5,7 @@ Laws of six points make expectations exact: each pair of a real and a generated 
 
 import doctest
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -452,6 +453,16 @@ def test_an_alpha_that_is_not_one_per_pair_is_refused(shape):
 def test_an_alpha_outside_the_interval_is_refused(value):
     with pytest.raises(ValueError, match=r"in \[0, 1\], got"):
         gradient_penalty(network(), *images(), torch.tensor([0.0, 1.0, value, 0.5], dtype=torch.float64))
+
+
+def test_no_value_on_a_device_is_waited_for(monkeypatch):
+    """Tensors without values stand for those of a device that is still at work."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # of which there is none without values
+    x, alpha = torch.randn(4, 3, device="meta"), torch.rand(4, device="meta")
+    assert gradient_penalty(lambda x: x.square().sum(dim=1), x, x, alpha).shape == (4,)
+    assert r1_penalty(lambda x: x.square().sum(dim=1), x).shape == (4,)
+    for kind in GAN_LOSSES:
+        assert discriminator_loss(kind, x, x).shape == generator_loss(kind, x).shape == (4,)
 
 
 def test_a_critic_that_has_no_logit_for_each_image_is_refused():

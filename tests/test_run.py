@@ -1,7 +1,10 @@
 """The run loop: what it offers a task beyond one loss and one group of parameters."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Literal
 
 import pytest
@@ -10,7 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from annealers import DDPMAncestralScheduler, GuidedDiffusionPipeline
+from annealers import DDPMAncestralScheduler, GuidedDiffusionPipeline, training
 from annealers.configuration import RunConfig, option
 from annealers.data import DataConfig, load_data
 from annealers.run import Run, Task, held_out_means
@@ -186,3 +189,17 @@ def test_options_that_do_something_are_accepted(options):
 def test_an_option_that_would_do_nothing_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Menu(**options)
+
+
+@pytest.mark.parametrize(
+    "script", sorted(module.name for module in iter_modules(training.__path__) if module.name.startswith("train_"))
+)
+def test_what_an_option_is_of_is_an_option(script):
+    module = import_module(f"annealers.training.{script}")
+    classes = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, RunConfig)]
+    of_another = [(kind, field) for kind in classes for field in dataclasses.fields(kind) if field.metadata["help"].of]
+    assert of_another
+    for kind, field in of_another:
+        other, *values = field.metadata["help"].of
+        assert other in {option.name for option in dataclasses.fields(kind)} - {field.name}
+        assert len(set(values)) == len(values)

@@ -89,6 +89,13 @@ def test_prompts_are_a_list_of_texts(prompts):
         pooled_text(tokenizer(), encoder_of(), prompts)
 
 
+def test_a_tokenizer_without_a_longest_sequence_is_refused():
+    endless = tokenizer()
+    endless.model_max_length = int(1e30)  # as transformers has it if nothing is said
+    with pytest.raises(ValueError, match="set its model_max_length"):
+        pooled_text(endless, encoder_of(), PROMPTS)
+
+
 def test_an_encoder_that_pools_nothing_is_refused():
     encoder = T5EncoderModel(T5Config(vocab_size=54, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="a T5EncoderModel returns last_hidden_state"):

@@ -6,9 +6,11 @@ from functools import cache
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch import nn
@@ -21,6 +23,7 @@ from annealers.configuration import parse_config
 from annealers.data import load_data, train_batches, validation_batches
 from annealers.feature_metrics import classifier_features, kernel_distance
 from annealers.game import GameRun
+from annealers.hub import export
 from annealers.metrics import frechet_distance
 from annealers.randomness import PositionalRandomness
 from annealers.training.captions import Captions, load_text_encoder
@@ -255,6 +258,24 @@ def test_the_gradient_of_each_step_is_that_of_the_loss_of_its_player(tmp_path, k
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+def test_in_mixed_precision_the_penalty_alone_is_in_single(tmp_path):
+    seen = []
+
+    class Types(GameRun):
+        def _prepare(self):
+            prepared = super()._prepare()
+            first = self.networks["discriminator"].trunk[0]
+            first.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+            return prepared
+
+    AcceleratorState._reset_state()
+    more = (*KINDS["wasserstein"], "--discriminator_steps", 1, "--mixed_precision", "bf16")
+    Types(parse_config(GANConfig, arguments(tmp_path, *more)), GANTask).train()
+    AcceleratorState._reset_state()
+    of_discriminator, of_generator = [torch.bfloat16, torch.bfloat16, torch.float32], [torch.bfloat16]
+    assert seen == 2 * (of_discriminator + of_generator)  # real, fake and between; in the generator's step fake
+
+
 def test_nothing_reaches_the_opponent_and_its_statistics_stay(tmp_path):
     task = task_of(generator_norm="batch", discriminator_norm="batch")
     generator, discriminator = task.build(), task.build_discriminator()
@@ -366,6 +387,57 @@ def test_a_generator_that_draws_the_data_is_not_warned_of(capsys, features):
     assert values["diversity_classifier_features"] == pytest.approx(1)
     assert values["diversity_classifier_features_least_of_a_class"] == pytest.approx(1)
     assert "warning" not in capsys.readouterr().out
+
+
+def held_out_rows(*chosen):
+    """The digits with these rows held out, some of them more than once."""
+    return dataclasses.replace(digits(), validation=digits().validation.chosen(np.array(chosen)))
+
+
+def test_held_out_images_that_are_all_alike_give_no_diversity_and_that_is_said_once(features, capsys):
+    task = task_of(held_out_rows(*[3] * 20), feature_network=str(features))
+    task.before_first_step(task.build(), Accelerator())
+    for _ in range(2):
+        values = task.validate(task.build().eval(), Accelerator())
+    compared = {"frechet_distance_classifier_features_n20", "kernel_distance_classifier_features_n20"}
+    assert values.keys() == compared | {"images"} and values["frechet_distance_classifier_features_n20"] > 0
+    assert capsys.readouterr().out.count("the 20 held-out images of 'digits' are all alike") == 1
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_a_class_whose_held_out_images_are_all_alike_is_left_out_of_the_least(features, network):
+    labels = torch.cat([batch["labels"] for batch in validation_batches(digits(), 355)])
+    zeros, ones = (torch.where(labels == label)[0][:12].tolist() for label in (0, 1))
+    options = {"feature_network": str(features)} if network else {}
+    task = task_of(held_out_rows(*[zeros[0]] * 12, *ones), validation_samples=24, **options)
+    batches = iter(validation_batches(task.data, 16, max_samples=24))
+    values = task.validate(Drawing(lambda z, labels: next(batches)["images"]), Accelerator())
+    name = "classifier_features" if network else "pixels"
+    assert values[f"diversity_{name}"] == pytest.approx(1)
+    assert values[f"diversity_{name}_least_of_a_class"] == pytest.approx(1)
+
+
+def test_one_held_out_image_is_refused_before_any_step(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 held-out images .*, got 1 of 'digits': .* or --holdout 0"):
+        main(arguments(tmp_path, "--validation_samples", 1))
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_features_that_are_not_finite_are_refused_before_any_step(features, tmp_path):
+    broken = NoisyClassifierModel.from_pretrained(features, subfolder="classifier")
+    nn.init.constant_(next(broken.parameters()), torch.nan)
+    broken.save_pretrained(tmp_path / "classifier")
+    task = task_of(feature_network=str(tmp_path))
+    with pytest.raises(ValueError, match="has features that are not finite"):
+        task.before_first_step(task.build(), Accelerator())
+
+
+def test_a_feature_network_without_held_out_images_is_refused(features):
+    data = dataclasses.replace(digits(), validation=None)
+    with pytest.raises(ValueError, match="of which 'digits' has none: give --validation_split or --holdout"):
+        task_of(data, feature_network=str(features))
+    task = task_of(data)
+    task.before_first_step(task.build(), Accelerator())  # nothing is measured, nor refused
 
 
 def test_classes_with_few_held_out_images_warn_of_nothing():
@@ -518,6 +590,23 @@ def test_a_text_encoder_may_be_of_open_clip(tmp_path):
     torch.testing.assert_close(embeddings, expected)
 
 
+def test_a_text_encoder_may_be_of_an_export_with_its_code(tmp_path):
+    from tiny_open_clip import WORDS, clip_of, config_of, write_local_dir
+
+    config = config_of(**WORDS)
+    encoder, tokenizer = load_text_encoder(write_local_dir(tmp_path / "clip", config, clip_of(config)))
+    width = Captions(encoder, tokenizer).width
+    generator = GANGenerator(sample_size=8, out_channels=1, block_out_channels=(8, 8), text_embed_dim=width)
+    export(GANPipeline(generator, encoder, tokenizer), tmp_path / "exported")
+    index = json.loads((tmp_path / "exported" / "model_index.json").read_text())
+    assert index["text_encoder"][0].startswith("annealers_") and index["tokenizer"][0].startswith("annealers_")
+    loaded, its_tokenizer = load_text_encoder(str(tmp_path / "exported"))
+    assert type(loaded) is type(encoder) and type(its_tokenizer) is type(tokenizer)
+    texts = ["a cat", "a dog"]
+    ours, theirs = Captions(loaded, its_tokenizer).embeddings(texts), Captions(encoder, tokenizer).embeddings(texts)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_a_folder_without_a_text_encoder_is_refused(one_process, text, tmp_path):
     with pytest.raises(ValueError, match="need a text_encoder of annealers or transformers in .*, got None of None"):
         load_text_encoder(str(one_process / "hinge" / "pipeline"))
@@ -555,7 +644,7 @@ def test_help_names_every_option(capsys):
     [
         (["--loss", "wasserstein"], "a Wasserstein critic without bounded slope"),
         (["--gradient_penalty", "10", "--discriminator_norm", "batch"], "(arXiv:1704.00028, Sec. 4)"),
-        (["--r1", "1", "--discriminator_norm", "batch"], "r1 is of the gradient for each image by itself"),
+        (["--r1", "1", "--discriminator_norm", "batch"], "r1=1.0 is of the gradient for each image by itself"),
         (["--gradient_penalty", "10", "--r1", "1"], "choose one of gradient_penalty and r1"),
         (["--gradient_penalty", "10", "--weight_clip", "0.1"], "choose one of gradient_penalty and weight_clip"),
         (["--weight_clip", "0.1", "--discriminator_norm", "spectral"], "weight_clip=0.1 has no effect"),
@@ -570,6 +659,20 @@ def test_a_contradiction_ends_with_a_usage_message(tmp_path, options, named, cap
     with pytest.raises(SystemExit):
         main(arguments(tmp_path, *options))
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["dcgan", "resnet"])
+@pytest.mark.parametrize("penalty", ["gradient_penalty", "r1"])
+def test_a_penalty_with_batch_normalisation_is_refused_from_python_too(penalty, arch):
+    options = {"arch": arch, "block_out_channels": (8, 8), "sample_size": 8}
+    network = GANDiscriminator(1, norm="batch", **options)
+    with pytest.raises(ValueError, match=rf"{penalty}=10.0 is of the gradient .* choose group, spectral or none"):
+        DiscriminatorObjective(network, "hinge", **{penalty: 10.0})
+    with pytest.raises(ValueError, match=f"{penalty}=10.0 is of the gradient"):
+        task_of(discriminator_norm="batch", **{penalty: 10.0})
+    assert DiscriminatorObjective(network, "hinge").r1 == 0
+    objective = DiscriminatorObjective(GANDiscriminator(1, norm="spectral", **options), "hinge", **{penalty: 10.0})
+    assert getattr(objective, penalty) == 10
 
 
 @pytest.mark.parametrize(

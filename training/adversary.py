@@ -14,6 +14,7 @@ from torch import nn
 
 from annealers import GANDiscriminator, NoisyClassifierModel
 from annealers.adversarial import AdaptiveWeight, frozen
+from annealers.checkpoint import whole_folder
 from annealers.configuration import RunConfig, option
 from annealers.feature_loss import FeatureLoss
 from annealers.gan_losses import discriminator_loss, generator_loss
@@ -151,7 +152,8 @@ class AdversarialTask(Task):
         """The discriminator is kept beside the pipeline, which has no use for it."""
         discriminator = accelerator.unwrap_model(objective).discriminator
         if discriminator is not None and accelerator.is_main_process:
-            discriminator.save_pretrained(Path(self.config.output_dir) / "discriminator")
+            with whole_folder(Path(self.config.output_dir) / "discriminator") as unfinished:
+                discriminator.save_pretrained(unfinished)
 
 
 def feature_network(name: str, channels: int) -> NoisyClassifierModel:

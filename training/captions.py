@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 from torch import nn
 
 import annealers
@@ -95,7 +94,7 @@ def load_text_encoder(name: str) -> tuple[nn.Module, Any]:
         model = annealers.OpenCLIPTextModel.from_open_clip(name)
         return model, annealers.OpenCLIPTokenizer.from_open_clip(name)
     try:
-        index = DiffusionPipeline.load_config(name)
+        index = annealers.AnnealersPipeline.load_config(name)  # also of a folder with code
     except OSError as error:
         raise OSError(
             f"found no pipeline in {name!r}: name one with a text_encoder and a tokenizer, a folder or a Hub id"

@@ -13,6 +13,7 @@ Geiger & Nowozin 2018, arXiv:1801.04406; GAN-CLS, Reed et al. 2016, arXiv:1605.0
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # what those of any dimension, and of all processes, have in common
 
 from annealers import GANDiscriminator, GANGenerator
 from annealers.adversarial import frozen
@@ -30,6 +31,17 @@ from annealers.run import Terms
 LOGISTIC = ("minimax", "non_saturating")  # whose D(x) = sigmoid(logit) is a probability
 
 
+def check_no_penalty(gradient_penalty: float, r1: float) -> None:
+    """Raises ValueError if a discriminator with batch normalisation is to have a penalty on its gradient."""
+    for name, weight in (("gradient_penalty", gradient_penalty), ("r1", r1)):
+        if weight > 0:
+            raise ValueError(
+                f"{name}={weight} is of the gradient for each image by itself, which there is none of with batch "
+                "normalisation, where the output for an image depends on the others (arXiv:1704.00028, Sec. 4): "
+                "choose group, spectral or none as the discriminator's norm"
+            )
+
+
 class DiscriminatorObjective(nn.Module):
     """What the discriminator minimises.
 
@@ -38,12 +50,17 @@ class DiscriminatorObjective(nn.Module):
         loss: One of `GAN_LOSSES`.
         gradient_penalty: lambda.
         r1: gamma.
+
+    Raises:
+        ValueError: If there is a penalty on a network with batch normalisation.
     """
 
     def __init__(
         self, network: GANDiscriminator, loss: GANLoss, gradient_penalty: float = 0.0, r1: float = 0.0
     ) -> None:
         super().__init__()
+        if any(isinstance(module, _BatchNorm) for module in network.modules()):
+            check_no_penalty(gradient_penalty, r1)
         self.network, self.loss, self.gradient_penalty, self.r1 = network, loss, gradient_penalty, r1
 
     def forward(

@@ -62,9 +62,10 @@ from annealers.randomness import PositionalRandomness
 from annealers.run import Batch, gathered_images, my_share
 from annealers.training.adversary import feature_network
 from annealers.training.captions import Captions, OtherCaptions, load_text_encoder
-from annealers.training.gan_objectives import DiscriminatorObjective, GeneratorObjective
+from annealers.training.gan_objectives import DiscriminatorObjective, GeneratorObjective, check_no_penalty
 
 FEWEST_OF_A_CLASS = 10  # held-out images whose spread is measured: that of fewer is too uncertain to warn by
+ROUNDING = 1e-5  # relative difference up to which features in single precision count as those of the same image
 
 
 @dataclass
@@ -130,13 +131,8 @@ class GANConfig(GameConfig):
                 "a Wasserstein critic without bounded slope has a loss without bound: give --gradient_penalty 10, "
                 "--weight_clip 0.01 or --discriminator_norm spectral"
             )
-        for name in ("gradient_penalty", "r1"):
-            if getattr(self, name) > 0 and self.discriminator_norm == "batch":
-                raise ValueError(
-                    f"{name} is of the gradient for each image by itself, which there is none of with batch "
-                    "normalisation, where the output for an image depends on the others (arXiv:1704.00028, Sec. 4): "
-                    "choose --discriminator_norm group, spectral or none"
-                )
+        if self.discriminator_norm == "batch":
+            check_no_penalty(self.gradient_penalty, self.r1)
         for one, other, why in (
             ("gradient_penalty", "r1", "one wants slopes of 1 and the other of 0"),
             ("gradient_penalty", "weight_clip", "each bounds the slope in place of the other"),
@@ -165,6 +161,26 @@ class HeldOut(NamedTuple):
     labels: torch.Tensor | None
     captions: list[str] | None
 
+    @property
+    def spread_known(self) -> bool:
+        """Whether the images are not all alike, without which diversity has no unit."""
+        return differ(self.features)
+
+    @property
+    def of_measured_classes(self) -> torch.Tensor:
+        """Which images are of a class whose spread is measured, (n,): there are enough of it, and not all alike."""
+        measured = torch.zeros(len(self.features), dtype=torch.bool)
+        for label in [] if self.labels is None else self.labels.unique():
+            of_class = self.labels == label
+            if of_class.sum() >= FEWEST_OF_A_CLASS and differ(self.features[of_class]):
+                measured |= of_class
+        return measured
+
+
+def differ(features: torch.Tensor) -> bool:
+    """Whether rows of features, (n, D), differ by more than rounding."""
+    return bool((features - features[0]).abs().max() > ROUNDING * features.abs().max())
+
 
 class GANTask(GameTask):
     """A GAN whose generator becomes a `GANPipeline`."""
@@ -185,6 +201,11 @@ class GANTask(GameTask):
         self.id2label = data.id2label if config.class_conditional and self.captions is None else None
         self.classifier = None
         if config.feature_network is not None:
+            if data.validation is None:
+                raise ValueError(
+                    f"--feature_network {config.feature_network!r} compares samples with held-out images, of which "
+                    f"{data.name!r} has none: give --validation_split or --holdout, or leave the network out"
+                )
             self.classifier = feature_network(config.feature_network, data.channels)
         self.known_held_out: HeldOut | None = None
 
@@ -284,6 +305,11 @@ class GANTask(GameTask):
 
     # ---- validation -------------------------------------------------------------------------------------------------
 
+    def before_first_step(self, objective: nn.Module, accelerator: Accelerator) -> None:
+        """Measures the held-out images, so that what is wrong with them is said before any training."""
+        if self.data.validation is not None:
+            self.held_out(accelerator)
+
     def validate(self, objective: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """How far samples are from held-out images, and whether they are all alike."""
         held_out = self.held_out(accelerator)
@@ -306,7 +332,11 @@ class GANTask(GameTask):
         return pixel_features if self.classifier is None else classifier_features(self.classifier)
 
     def held_out(self, accelerator: Accelerator) -> HeldOut:
-        """The held-out images, whose features are measured once, by all processes together."""
+        """The held-out images, whose features are measured once, by all processes together.
+
+        Raises:
+            ValueError: If there are fewer than two, or a feature is not finite.
+        """
         if self.known_held_out is not None:
             return self.known_held_out
         if self.classifier is None:
@@ -326,28 +356,42 @@ class GANTask(GameTask):
         ):
             features = features_of(batch["images"], self.features)
             mine.append((batch["first_position"], features, batch.get("labels"), batch.get("captions")))
-        _, features, labels, captions = zip(*sorted(gather_object(mine), key=lambda part: part[0]), strict=True)
+        parts = sorted(gather_object(mine), key=lambda part: part[0])
+        count = sum(len(part[1]) for part in parts)
+        if count < 2:
+            raise ValueError(
+                f"need at least 2 held-out images to compare samples with, got {count} of {self.data.name!r}: choose "
+                "--validation_split, --holdout or --validation_samples for more, or --holdout 0 for no validation"
+            )
+        _, features, labels, captions = zip(*parts, strict=True)
+        if not all(part.isfinite().all() for part in features):
+            raise ValueError(f"the classifier in {config.feature_network!r} has features that are not finite")
         self.known_held_out = HeldOut(
             torch.cat(features),
             None if self.id2label is None else torch.cat(labels),
             None if self.captions is None else [caption for part in captions for caption in part],
         )
+        if not self.known_held_out.spread_known:
+            accelerator.print(
+                f"the {count} held-out images of {self.data.name!r} are all alike: diversity, which is a multiple of "
+                "theirs, is not measured"
+            )
         return self.known_held_out
 
     def spread(self, features: torch.Tensor, held_out: HeldOut, accelerator: Accelerator) -> dict[str, float]:
         """Diversity of the samples as a multiple of that of the held-out images, and a warning if there is little.
 
         A generator of classes may draw one image of each: where there are enough images of some class, the diversity
-        of the class that has the least is measured too.
+        of the class that has the least is measured too. Where held-out images are all alike, there is no such number.
         """
+        if not held_out.spread_known:
+            return {}
         name = "pixels" if self.classifier is None else "classifier_features"
         values = {f"diversity_{name}": diversity(features, held_out.features)}
-        labels = held_out.labels
-        if labels is not None:
-            common = labels.bincount()[labels] >= FEWEST_OF_A_CLASS
-            if common.any():
-                of_common = (features[common], labels[common], held_out.features[common], labels[common])
-                values[f"diversity_{name}_least_of_a_class"] = min(class_diversity(*of_common).values())
+        labels, measured = held_out.labels, held_out.of_measured_classes
+        if labels is not None and measured.any():
+            of_measured = (features[measured], labels[measured], held_out.features[measured], labels[measured])
+            values[f"diversity_{name}_least_of_a_class"] = min(class_diversity(*of_measured).values())
         least = min(values, key=lambda measure: values[measure])
         if values[least] < COLLAPSED:
             accelerator.print(

@@ -20,7 +20,9 @@ and any accumulation train the same weights, and a resumed run continues bit for
 - The power iteration of a spectral norm is made once in each step of its player, not in each forward pass, the number
   of which is that of the micro-batches.
 - Batch normalisation is over all processes on GPUs. On several CPU processes, where PyTorch has no such layer, it is
-  refused.
+  refused. So are weights that are split over processes (FSDP, DeepSpeed): each player needs the whole of the other.
+- A step in float16 whose gradient overflows is skipped, of that player alone; their share is logged as
+  "skipped_steps_generator" and "skipped_steps_discriminator".
 
 Source: Goodfellow et al. 2014, "Generative Adversarial Nets", arXiv:1406.2661, Alg. 1.
 """
@@ -34,13 +36,17 @@ from pathlib import Path
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from annealers.checkpoint import whole_folder
 from annealers.configuration import LearningRateShape, RunConfig, option
 from annealers.run import Batch, FiniteGuard, Meter, Run, Task, Terms
+
+SPLIT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # the weights over processes
 
 
 @dataclass
@@ -103,20 +109,26 @@ class GameRun(Run):
     def train(self) -> Path:
         pipeline_folder = super().train()
         if self.is_main:
-            self.networks["discriminator"].save_pretrained(self.folder / "discriminator")
+            with whole_folder(self.folder / "discriminator") as unfinished:
+                self.networks["discriminator"].save_pretrained(unfinished)
         return pipeline_folder
 
     def _prepare(self) -> list[AcceleratedOptimizer]:
         config = self.config
-        theirs = config.discriminator_learning_rate  # which may be 0
+        if self.accelerator.distributed_type in SPLIT:
+            kind = self.accelerator.distributed_type.value
+            raise ValueError(
+                f"a game needs all weights of both players on each process, which {kind} splits: choose plain data "
+                "parallelism in `accelerate config`"
+            )
         rates = {
             "generator": config.learning_rate,
-            "discriminator": config.learning_rate if theirs is None else theirs,
+            "discriminator": config.discriminator_learning_rate or config.learning_rate,
         }
         players = {"generator": self.task.build(), "discriminator": self.task.build_discriminator()}
         players = {name: self._laid_out(self._synchronized(player)) for name, player in players.items()}
         optimizers = [
-            self._optimizer([{"name": name, "params": list(player.parameters())}], rates[name])
+            self._optimizer([{"name": name, **group} for group in self.task.parameter_groups(player)], rates[name])
             for name, player in players.items()
         ]
         self.networks = {name: player.network for name, player in players.items()}
@@ -194,6 +206,9 @@ class GameRun(Run):
         self._clip(optimizer, meter)
         optimizer.step()
         optimizer.zero_grad()
+        if accelerator.scaler is not None:
+            skipped = torch.tensor(float(optimizer.step_was_skipped), device=accelerator.device)
+            meter.add(f"skipped_steps_{optimizer.param_groups[0]['name']}", skipped)
         return step_terms
 
 
@@ -202,7 +217,7 @@ def note(
 ) -> None:
     """Takes down what a player's step has to say."""
     for terms, batch in zip(step_terms, batches, strict=True):
-        guard.watch(step, batch["rows"], terms["loss"])
+        guard.watch(step, batch["rows"], terms["loss"], name=f"{prefix}loss")
         for name, term in terms.items():
             meter.add(prefix + name, term.mean())
 

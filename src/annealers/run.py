@@ -530,18 +530,18 @@ class FiniteGuard:
     """
 
     def __init__(self) -> None:
-        self.watched: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.watched: list[tuple[int, torch.Tensor, torch.Tensor, str]] = []
 
-    def watch(self, step: int, rows: torch.Tensor, losses: torch.Tensor) -> None:
-        self.watched.append((step, rows, losses.detach()))
+    def watch(self, step: int, rows: torch.Tensor, losses: torch.Tensor, name: str = "loss") -> None:
+        self.watched.append((step, rows, losses.detach(), name))
 
     def check(self) -> None:
         watched, self.watched = self.watched, []
-        for step, rows, losses in watched:
+        for step, rows, losses, name in watched:
             finite = losses.isfinite().cpu()
             if not finite.all():
                 raise NonFiniteLossError(
-                    f"the loss is not finite at step {step} for the data rows {rows[~finite].tolist()}; "
+                    f"the {name} is not finite at step {step} for the data rows {rows[~finite].tolist()}; "
                     "nothing from this step on was saved"
                 )
 

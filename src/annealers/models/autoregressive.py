@@ -61,7 +61,8 @@ def check_class_labels(class_labels: torch.Tensor | None, num_class_embeds: int 
     """Raises ValueError unless there is one integer label per image exactly if the model has classes.
 
     Args:
-        class_labels: Class ids, (B,), or None.
+        class_labels: Class ids, (B,), or None. Their values are looked at on a CPU alone: elsewhere that would wait
+            for all that the device has to do before.
         num_class_embeds: Number of classes, or None for a model without.
         batch_size: B.
     """
@@ -76,7 +77,7 @@ def check_class_labels(class_labels: torch.Tensor | None, num_class_embeds: int 
         raise ValueError(f"class_labels must be a tensor of integers ({batch_size},), got {kind}")
     if class_labels.shape != (batch_size,):
         raise ValueError(f"class_labels must be ({batch_size},), got {tuple(class_labels.shape)}")
-    if torch.compiler.is_compiling() or batch_size == 0:
+    if torch.compiler.is_compiling() or batch_size == 0 or class_labels.device.type != "cpu":
         return
     lowest, highest = class_labels.min().item(), class_labels.max().item()
     if lowest < 0 or highest >= num_class_embeds:

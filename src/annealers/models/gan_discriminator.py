@@ -13,10 +13,10 @@ Given a class y or the embedding t of a text, what is seen is projected on what 
 h being the features, summed over the pixels (each by itself in a patch discriminator), and psi the logit above.
 
 The logits are unbounded; no sigmoid follows. With a norm of the batch what is said of an image depends on the others,
-so that a penalty on the gradient of each image's own logit is of no use (`has_batch_norm`); otherwise it does not.
+so that a penalty on the gradient of each image's own logit is of no use; otherwise it does not.
 With `norm="spectral"` the weights, V and U too, are divided by their largest singular value, which a power iteration
 in each forward pass in training mode follows: so their weights follow more closely in a training step of several
-micro-batches, the one thing in which it differs from a step in one.
+micro-batches, the one thing in which it differs from a step in one. (`annealers.game` has it iterate once a step.)
 
 Sources: Isola, Zhu, Zhou & Efros 2017, "Image-to-Image Translation with Conditional Adversarial Networks",
 arXiv:1611.07004, Sec. 3.2.2 and App. 6.1.2 (patch; their last two convolutions are 4 x 4, which images of 8 x 8 are
@@ -138,11 +138,6 @@ class GANDiscriminator(ModelMixin, ConfigMixin):
         if text_embed_dim is not None:
             text_projection = nn.Linear(text_embed_dim, last, bias=False)
             self.of_text = weights_normalized(normally_initialized(text_projection), norm)
-
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether in training the logit of an image depends on the images beside it."""
-        return self.config.norm == "batch"
 
     def forward(
         self,
