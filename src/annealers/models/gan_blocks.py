@@ -185,9 +185,9 @@ def smallest_side(sample_size: int, halvings: int) -> int:
     factor = 2**halvings
     if sample_size % factor != 0 or sample_size < 2 * factor:
         raise ValueError(
-            "between the images and the smallest maps of features the side is doubled or halved "
-            f"{halvings} times, which sample_size={sample_size} does not allow: need one of {2 * factor}, {3 * factor}, "
-            f"{4 * factor} .., or fewer block_out_channels"
+            f"between the images and the smallest maps of features the side is doubled or halved {halvings} times, "
+            f"which sample_size={sample_size} does not allow: need one of "
+            f"{2 * factor}, {3 * factor}, {4 * factor} .., or fewer block_out_channels"
         )
     return sample_size // factor
 
