@@ -18,7 +18,8 @@ From the averaged generator of each run as many images are drawn as there are te
 
     Fréchet      distance of the normal laws fitted to them; of two sets of real images it is not zero either
     kernel       unbiased squared maximum mean discrepancy with the cubic kernel; of two real sets it is around zero
-    diversity    mean over the classes of the mean squared distance of two samples, over that of two test images
+    diversity    mean over the classes of the mean squared distance of two samples, over that of two test images; far
+                 above 1 where samples are of any class, whichever was asked for
     read         share of the samples that the classifier reads as the class that was asked for
 
 The numbers compare these rows, not with published ones in the features of an Inception network.
@@ -27,6 +28,7 @@ The numbers compare these rows, not with published ones in the features of an In
 import argparse
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -114,8 +116,10 @@ def main(arguments: list[str] | None = None) -> None:
     right = read(classifier, real.features, real.labels)
     results = {
         "settings": {
-            "command": f"python benchmarks/gan_mnist.py --dataset DATA/{data.name} --steps {options.steps} "
-            f"--samples {len(images)} --seeds {options.seeds} ...",
+            "command": f"python benchmarks/gan_mnist.py --dataset DATA/{data.name} --classifier "
+            f"runs/gan_mnist/classifier/pipeline --runs runs/gan_mnist --out benchmarks/results --losses "
+            f"{shlex.join(options.losses)} --seeds {options.seeds} --steps {options.steps} "
+            f"--samples {options.samples}",
             "options": COMMON,
             "options_of_losses": {loss: LOSSES[loss] for loss in options.losses},
             "dataset": data.name,
@@ -123,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
             "features": real.features.shape[1],
             "classifier_accuracy": right,
             "steps": options.steps,
-            "hardware": f"CPU, {torch.get_num_threads()} thread(s), busy with other work",
+            "hardware": f"CPU, {torch.get_num_threads()} thread(s)",
             "versions": {package: version(package) for package in ("annealers", "torch", "diffusers")},
         },
         "real": {
@@ -240,11 +244,15 @@ def table(results: dict[str, Any]) -> str:
         f"against as many test images, in {settings['features']} features of a classifier that reads "
         f"{settings['classifier_accuracy']:.1%} of the test images. {settings['steps']:,} steps of both players, "
         f"mean and standard error over {seeds} seeds. {settings['hardware']}; "
-        + (f"a generator draws {min(speeds):,.0f} to {max(speeds):,.0f} images a second. " if speeds else "")
+        + (
+            f"a generator draws {min(speeds):,.0f} to {max(speeds):,.0f} images per second of processor time. "
+            if speeds
+            else ""
+        )
         + ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
         + ".",
         "",
-        "| loss | Fréchet | kernel × 1000 | diversity | read as asked, % | processor, s |",
+        "| loss | Fréchet | kernel | diversity | read as asked, % | processor, s |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for loss in dict.fromkeys(record["loss"] for record in records):
@@ -255,13 +263,11 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {loss}{failed} | — | — | — | — | — |")
             continue
         seconds = sum(record["processor_seconds"] for record in good) / len(good)
-        columns = zip(SCORES, (1, 1000, 1, 100), (2, 1, 2, 1), strict=True)
+        columns = zip(SCORES, (1, 1, 1, 100), (1, 1, 2, 1), strict=True)
         cells = [with_error([scale * record[name] for record in good], digits) for name, scale, digits in columns]
         lines.append(f"| {loss}{failed} | {' | '.join(cells)} | {seconds:.0f} |")
     for name, words in (("train_to_test", "training against test"), ("train_to_train", "training against training")):
-        lines.append(
-            f"| *{words} images* | *{real[name]['frechet']:.2f}* | *{1000 * real[name]['kernel']:.2f}* | | | |"
-        )
+        lines.append(f"| *{words} images* | *{real[name]['frechet']:.2f}* | *{real[name]['kernel']:.3f}* | | | |")
     return "\n".join(lines) + "\n"
 
 
