@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.logging import enable_progress_bar
 from torch import nn
 
 from annealers import NoisyClassifierModel, feature_metrics
@@ -281,6 +282,7 @@ def test_a_bar_is_shown_on_request_only(capfd):
     images = torch.zeros(4, 1, 2, 2)
     features_of(images, pixel_features, 2)
     assert capfd.readouterr().err == ""
+    enable_progress_bar()  # which another test may have switched off
     features_of(images, pixel_features, 2, progress=True)
     assert "features: 100%" in capfd.readouterr().err
 
