@@ -44,7 +44,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from annealers.checkpoint import whole_folder
 from annealers.configuration import LearningRateShape, RunConfig, option
-from annealers.run import Batch, FiniteGuard, Meter, Run, Task, Terms
+from annealers.run import Batch, FiniteGuard, Meter, Run, Task, Terms, note
 
 SPLIT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # the weights over processes
 
@@ -210,16 +210,6 @@ class GameRun(Run):
             skipped = torch.tensor(float(optimizer.step_was_skipped), device=accelerator.device)
             meter.add(f"skipped_steps_{optimizer.param_groups[0]['name']}", skipped)
         return step_terms
-
-
-def note(
-    step_terms: list[Terms], batches: list[Batch], step: int, meter: Meter, guard: FiniteGuard, prefix: str = ""
-) -> None:
-    """Takes down what a player's step has to say."""
-    for terms, batch in zip(step_terms, batches, strict=True):
-        guard.watch(step, batch["rows"], terms["loss"], name=f"{prefix}loss")
-        for name, term in terms.items():
-            meter.add(prefix + name, term.mean())
 
 
 def spectral_norms(network: nn.Module) -> Iterator[tuple[nn.Module, str, _SpectralNorm]]:

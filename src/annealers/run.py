@@ -251,10 +251,11 @@ class Run:
     ) -> list[Terms]:
         """One optimizer step; returns the detached terms of each of this process's micro-batches."""
         accelerator, objective, (optimizer,) = self.accelerator, self.objective, optimizers
+        taken: list[Batch] = []
         step_terms: list[Terms] = []
         for _ in range(self.config.gradient_accumulation_steps):
-            batch = next(batches)
-            draws = self._to_device(self.task.draws(batch))
+            taken.append(next(batches))
+            draws = self._to_device(self.task.draws(taken[-1]))
             with accelerator.accumulate(objective):
                 terms = objective(**draws)
                 accelerator.backward(terms["loss"].mean())
@@ -262,10 +263,8 @@ class Run:
                     self._clip(optimizer, meter)
                 optimizer.step()
                 optimizer.zero_grad()
-            guard.watch(step, batch["rows"], terms["loss"])
             step_terms.append({name: term.detach() for name, term in terms.items()})
-            for name, term in step_terms[-1].items():
-                meter.add(name, term.mean())
+        note(step_terms, taken, step, meter, guard)
         return step_terms
 
     def _laid_out(self, objective: nn.Module) -> nn.Module:
@@ -544,6 +543,16 @@ class FiniteGuard:
                     f"the {name} is not finite at step {step} for the data rows {rows[~finite].tolist()}; "
                     "nothing from this step on was saved"
                 )
+
+
+def note(
+    step_terms: list[Terms], batches: list[Batch], step: int, meter: Meter, guard: FiniteGuard, prefix: str = ""
+) -> None:
+    """Takes down the terms of each micro-batch of a step, by their names with a prefix."""
+    for terms, batch in zip(step_terms, batches, strict=True):
+        guard.watch(step, batch["rows"], terms["loss"], name=f"{prefix}loss")
+        for name, term in terms.items():
+            meter.add(prefix + name, term.mean())
 
 
 class MetricsFile:
